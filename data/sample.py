@@ -1,0 +1,53 @@
+"""One training sample and the three segments of its text."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+
+
+class Segment(IntEnum):
+    """Which part of a sample a token belongs to. Padding carries `Segment.PADDING`."""
+
+    PADDING = -1
+    PROMPT = 0
+    REASONING = 1
+    ANSWER = 2
+
+
+ANSWER_MARK = "#### "
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A prompt, the reasoning that solves it and its final answer.
+
+    Plain text without a question is a sample with `reasoning` alone.
+    """
+
+    id: str
+    prompt: str
+    reasoning: str
+    answer: str
+
+    def parts(self) -> list[tuple[Segment, str]]:
+        """The text cut into segments, in reading order; empty segments are left out."""
+        parts = []
+        if self.prompt:
+            parts.append((Segment.PROMPT, f"{self.prompt}\n"))
+        if self.reasoning:
+            parts.append((Segment.REASONING, f"{self.reasoning}\n" if self.answer else self.reasoning))
+        if self.answer:
+            parts.append((Segment.ANSWER, f"{ANSWER_MARK}{self.answer}"))
+        return parts
+
+    @property
+    def text(self) -> str:
+        """What the teacher and the student read: prompt, reasoning, then `#### answer`, a line each."""
+        return "".join(part for _, part in self.parts())
+
+
+def extract_answer(text: str) -> str | None:
+    """The answer after the first `#### ` mark of a generated text, or None where there is no mark."""
+    _, mark, answer = text.partition(ANSWER_MARK.strip())
+    return answer.strip().split("\n")[0].strip() if mark else None
