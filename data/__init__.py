@@ -1,0 +1,1 @@
+"""Text: where samples come from, how they are tokenized and how they are batched."""

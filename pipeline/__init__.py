@@ -1,0 +1,1 @@
+"""The two stages and the experiment built on them."""

@@ -1,0 +1,1 @@
+"""Teachers, tokenizers and student configurations that ship with the package."""

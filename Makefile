@@ -1,0 +1,55 @@
+# Everything runs in .venv, which the first target that needs it builds. `make help` lists the targets.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+PACKAGES := kvpipe.kvcache kvpipe.data kvpipe.pipeline kvpipe.cli
+
+.DEFAULT_GOAL := help
+.PHONY: help install ab-experiment smoke test lint format typecheck check builtin-teacher bench golden clean
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
+
+install: $(INSTALLED) ## make .venv with everything, at the tested versions
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+ab-experiment: $(INSTALLED) ## the A/B: extract if needed, all arms and seeds, report in reports/ab
+	$(BIN)/kvpipe experiment run experiments/ab.toml
+
+smoke: $(INSTALLED) ## a few samples and ten steps of every mode, in a temporary folder
+	$(BIN)/python benchmarks/smoke.py
+
+test: $(INSTALLED) ## the quick test suite
+	$(BIN)/python -m pytest -q -n 2
+
+lint: $(INSTALLED) ## ruff: rules and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(INSTALLED) ## rewrite the sources in ruff's format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# mypy reads no import hooks, so the package name is laid over the folders as one link.
+typecheck: $(INSTALLED) ## mypy, strict
+	@mkdir -p build/typecheck && ln -sfn ../.. build/typecheck/kvpipe
+	$(BIN)/mypy $(addprefix -p ,$(PACKAGES))
+
+check: lint typecheck test ## all of it
+
+builtin-teacher: $(INSTALLED) ## train the built-in teacher again
+	$(BIN)/python -m kvpipe.pipeline.builtin_teacher
+
+bench: $(INSTALLED) ## all benchmarks, as ratios
+	$(BIN)/python benchmarks/run_all.py
+
+golden: $(INSTALLED) ## write the golden store again; only for a new schema version
+	$(BIN)/python tests/golden/make_golden.py
+
+clean: ## remove what make built
+	rm -rf $(VENV) build *.egg-info

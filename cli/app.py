@@ -1,0 +1,71 @@
+"""`kvpipe`: one command a stage. Errors a user can mend take one line; `--debug` shows the traceback."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import typer
+
+from .distill import distill
+from .experiment import experiment
+from .extract import extract
+from .inspect import inspect
+from .models import models
+
+app = typer.Typer(
+    name="kvpipe",
+    help="Offline KV-cache distillation: run the teacher once, distil many students from its stored KV cache.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    rich_markup_mode="rich",
+)
+for command in (extract, distill, inspect, models):
+    app.command()(command)
+app.add_typer(experiment, name="experiment")
+
+
+@app.callback()
+def options(
+    debug: bool = typer.Option(False, "--debug", help="Show the traceback of an error. Works after any command."),
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Run the command line: exit code 0, 2 for a user's error, 3 for a collapsed run, 130 for Ctrl-C."""
+    debug = "--debug" in sys.argv
+    sys.argv = [argument for argument in sys.argv if argument != "--debug"]
+    _quiet_libraries()
+    try:
+        app()
+    except Exception as error:
+        code = _user_error_code(error)
+        if debug or code is None:
+            raise
+        message = " ".join(str(error).split())
+        typer.secho(f"Error: {message}", fg=typer.colors.RED, err=True)
+        sys.exit(code)
+
+
+def _user_error_code(error: Exception) -> int | None:
+    """The exit code of an error that the user can mend, or None for a bug of ours."""
+    from ..data.errors import DataError
+    from ..kvcache.errors import KVPipeError
+
+    if isinstance(error, KVPipeError):
+        return error.exit_code
+    return 2 if isinstance(error, DataError | OSError) else None
+
+
+def _quiet_libraries() -> None:
+    """Our own progress bars and errors say what the libraries' would say twice."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,125 @@
+"""`kvpipe distill`"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+ALIGNMENT, TRAINING, EVALUATION = "Alignment", "Training", "Evaluation"
+
+
+def distill(
+    mode: Annotated[
+        str, typer.Option("--mode", help="structured, flat, or none (cross-entropy only).", rich_help_panel=ALIGNMENT)
+    ] = "structured",
+    store: Annotated[
+        Path | None, typer.Option(help="The teacher's KV. [default: the only store under stores/]")
+    ] = None,
+    student: Annotated[str, typer.Option(help="A built-in name, a folder, a config.json or a Hub id.")] = "tiny",
+    random_init: Annotated[
+        bool, typer.Option("--random-init", help="Start from random weights even where there are trained ones.")
+    ] = False,
+    output_dir: Annotated[Path | None, typer.Option(help="The run's folder. [default: runs/<mode>-seed<seed>]")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a run that is already there.")] = False,
+    direction: Annotated[
+        str,
+        typer.Option(
+            help="student-to-teacher (the target is fixed), or teacher-to-student-joint (the target may collapse).",
+            rich_help_panel=ALIGNMENT,
+        ),
+    ] = "student-to-teacher",
+    share_dim_proj: Annotated[
+        bool,
+        typer.Option(
+            "--share-dim-proj/--per-head-proj",
+            help="structured: one channel map for all heads of a layer, or one each.",
+            rich_help_panel=ALIGNMENT,
+        ),
+    ] = True,
+    init_uniform: Annotated[
+        bool,
+        typer.Option("--init-uniform", help="structured: start from the mean of the heads.", rich_help_panel=ALIGNMENT),
+    ] = False,
+    shuffle_kv: Annotated[
+        bool,
+        typer.Option("--shuffle-kv", help="Control: permute the teacher's KV in time.", rich_help_panel=ALIGNMENT),
+    ] = False,
+    kv_weight: Annotated[float, typer.Option(help="Weight of the KV loss.", rich_help_panel=TRAINING)] = 1.0,
+    learning_rate: Annotated[float, typer.Option(help="Of the student.", rich_help_panel=TRAINING)] = 2e-3,
+    aligner_learning_rate: Annotated[
+        float | None, typer.Option(help="[default: 5 times the student's]", rich_help_panel=TRAINING)
+    ] = None,
+    weight_decay: Annotated[float, typer.Option(help="Of AdamW.", rich_help_panel=TRAINING)] = 0.01,
+    warmup_ratio: Annotated[float, typer.Option(help="Share of the steps.", rich_help_panel=TRAINING)] = 0.05,
+    batch_size: Annotated[
+        int, typer.Option("--batch-size", "--per-device-train-batch-size", help="Samples.", rich_help_panel=TRAINING)
+    ] = 16,
+    epochs: Annotated[
+        float, typer.Option("--epochs", "--num-train-epochs", help="Passes over the samples.", rich_help_panel=TRAINING)
+    ] = 3.0,
+    max_steps: Annotated[
+        int, typer.Option(help="Stop after so many steps (-1: never).", rich_help_panel=TRAINING)
+    ] = -1,
+    samples: Annotated[
+        int | None,
+        typer.Option(help="Use the first so many training samples. [default: all]", rich_help_panel=TRAINING),
+    ] = None,
+    on_collapse: Annotated[
+        str,
+        typer.Option(help="stop (exit code 3) or warn when the target loses its variance.", rich_help_panel=TRAINING),
+    ] = "stop",
+    bf16: Annotated[bool, typer.Option("--bf16", help="Mixed precision.", rich_help_panel=TRAINING)] = False,
+    seed: Annotated[
+        int, typer.Option(help="Of the student's start, the aligner's and the data order.", rich_help_panel=TRAINING)
+    ] = 0,
+    eval_split: Annotated[str, typer.Option(help="test or validation.", rich_help_panel=EVALUATION)] = "test",
+    max_new_tokens: Annotated[
+        int, typer.Option(help="Length limit of generated answers.", rich_help_panel=EVALUATION)
+    ] = 64,
+    device: Annotated[str, typer.Option(help="auto (CUDA where there is one), cpu, cuda or cuda:N.")] = "auto",
+) -> None:
+    """Train a student from a store. The teacher is never loaded.
+
+    Repeat the command after an interruption: it goes on from its last checkpoint.
+    """
+    from ..pipeline.config import DistillConfig
+    from ..pipeline.distill import distill as run
+    from ..pipeline.distill import find_store
+
+    options = {
+        "mode": mode,
+        "student": student,
+        "random_init": random_init,
+        "direction": direction,
+        "share_dim_proj": share_dim_proj,
+        "init_uniform": init_uniform,
+        "shuffle_kv": shuffle_kv,
+        "kv_weight": kv_weight,
+        "learning_rate": learning_rate,
+        "aligner_learning_rate": aligner_learning_rate,
+        "weight_decay": weight_decay,
+        "warmup_ratio": warmup_ratio,
+        "batch_size": batch_size,
+        "epochs": epochs,
+        "max_steps": max_steps,
+        "samples": samples,
+        "eval_split": eval_split,
+        "max_new_tokens": max_new_tokens,
+        "on_collapse": on_collapse,
+        "bf16": bf16,
+        "seed": seed,
+    }
+    config = DistillConfig.from_mapping(options, "the command line")
+    folder = output_dir or Path("runs") / config.name
+    record = run(config, find_store(store), folder, device=device, overwrite=overwrite)
+    metrics, seconds = record["metrics"], record["seconds"]
+    shown = [f"{name} {value:.4f}" for name, value in metrics.items() if value is not None]
+    typer.echo(f"{folder}: {', '.join(shown)}")
+    typer.echo(
+        f"{record['steps']} steps in {seconds['train']:.1f} s, {record['data_wait_share']:.1%} of it waiting for data; "
+        f"aligner {record['parameters']['aligner']:,} parameters; teacher forwards: {record['teacher_forwards']}."
+    )
+    if record["collapsed"]:
+        typer.secho("The distillation target collapsed during this run.", fg=typer.colors.YELLOW, err=True)

@@ -1,0 +1,74 @@
+"""`kvpipe extract`"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def extract(
+    model: Annotated[
+        str, typer.Option("--model", help="Teacher: a built-in name (`kvpipe models`), a folder or a Hub id.")
+    ],
+    dataset: Annotated[
+        str, typer.Option(help="word-problems (built in), a .jsonl file, or a Hub data set.")
+    ] = "word-problems",
+    store: Annotated[Path | None, typer.Option(help="Where the store goes. [default: stores/<model>.zarr]")] = None,
+    samples: Annotated[
+        int | None, typer.Option(help="Limit of training samples. [default: 4000 built-in ones, or a whole file]")
+    ] = None,
+    eval_samples: Annotated[int, typer.Option(help="Held-out samples for each of validation and test.")] = 256,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(help="Longer samples are cut, and counted. [default: 1024, or what the model can read]"),
+    ] = None,
+    batch_size: Annotated[
+        str, typer.Option(help="Samples in a forward pass, or auto: by a budget of padded tokens.")
+    ] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto (the model's own), float32, float16 or bfloat16.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto (CUDA where there is one), cpu, cuda or cuda:N.")] = "auto",
+    max_shard_size: Annotated[str, typer.Option(help="Size of a shard file, e.g. 64MB or 1GB.")] = "64MB",
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub model.")] = None,
+    trust_remote_code: Annotated[bool, typer.Option(help="Let a Hub model run its own code.")] = False,
+    seed: Annotated[int, typer.Option(help="Seed of the built-in data set.")] = 0,
+) -> None:
+    """Run the teacher once and store its KV cache.
+
+    Repeat the command after an interruption: it goes on where it stopped.
+    """
+    from ..pipeline.extract import ExtractConfig, default_store
+    from ..pipeline.extract import extract as run
+    from .parse import batch_size_or_auto, size_in_bytes
+
+    report = run(
+        ExtractConfig(
+            model=model,
+            store=store or default_store(model),
+            dataset=dataset,
+            samples=samples,
+            eval_samples=eval_samples,
+            max_tokens=max_tokens,
+            dtype=dtype,
+            device=device,
+            batch_size=batch_size_or_auto(batch_size),
+            max_shard_bytes=size_in_bytes(max_shard_size),
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            seed=seed,
+        )
+    )
+    if report.store.truncated:
+        typer.echo(
+            f"{report.store.truncated} of {report.store.num_samples} samples were cut at "
+            f"{report.store.manifest.max_tokens} tokens (--max-tokens)."
+        )
+    if report.teacher_tokens == 0:
+        typer.echo(f"{report.store.path} is already complete; the teacher had nothing to do.")
+        return
+    typer.echo(
+        f"{report.store.path}: {report.store.num_samples} samples, {report.teacher_tokens:,} tokens in "
+        f"{report.seconds:.1f} s ({report.teacher_tokens / report.seconds:,.0f} tokens/s), "
+        f"{report.bytes_written / 1e6:,.1f} MB written, {report.wait_seconds / report.seconds:.1%} waiting for disk."
+    )

@@ -1,0 +1,27 @@
+"""Option values that are more than a word or a number."""
+
+from __future__ import annotations
+
+import re
+
+from ..kvcache.errors import ConfigError
+
+UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def size_in_bytes(text: str) -> int:
+    """`64MB` -> 64000000."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?I?B)", text.strip().upper())
+    size = int(float(match[1]) * UNITS[match[2]]) if match and match[2] in UNITS else 0
+    if size < 1:
+        raise ConfigError("no such size", expected="e.g. 64MB or 1GB", found=text, remedy="Mend --max-shard-size")
+    return size
+
+
+def batch_size_or_auto(text: str) -> int | None:
+    """`auto` -> None, a number -> itself."""
+    if text == "auto":
+        return None
+    if not text.isdecimal() or int(text) < 1:
+        raise ConfigError("no such batch size", expected="auto, or 1 and more", found=text, remedy="Mend --batch-size")
+    return int(text)

@@ -1,0 +1,144 @@
+"""Where samples come from: the built-in word problems, a `.jsonl` file, or a data set of the Hub."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from . import word_problems
+from .errors import DataError
+from .sample import ANSWER_MARK, Sample
+
+BUILTIN_DATASET = "word-problems"
+BUILTIN_TRAIN_SAMPLES = 4000
+HELD_OUT = ("validation", "test")
+FIELDS = "prompt (with reasoning and answer), question and answer, or text"
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """The samples of every split. No prompt is in two splits."""
+
+    name: str
+    splits: Mapping[str, list[Sample]]
+
+
+def load_corpus(dataset: str, num_train: int | None, num_held_out: int, seed: int) -> Corpus:
+    """Read a data set into train, validation and test.
+
+    `num_train` limits the training split (None: 4000 built-in problems, or all of a file); each of the other
+    two has at most `num_held_out` samples. Raises DataError for what is missing, empty or malformed.
+    """
+    if (num_train is not None and num_train < 1) or num_held_out < 1:
+        found = num_held_out if num_train is None or num_train >= 1 else num_train
+        raise DataError(f"expected at least 1 sample a split, found {found}")
+    if dataset == BUILTIN_DATASET:
+        sizes = {"train": num_train or BUILTIN_TRAIN_SAMPLES, **dict.fromkeys(HELD_OUT, num_held_out)}
+        return Corpus(dataset, {s: list(word_problems.generate(s, n, seed)) for s, n in sizes.items()})
+    samples = read_jsonl(Path(dataset)) if dataset.endswith(".jsonl") else _read_hub(dataset)
+    return Corpus(Path(dataset).stem, _split(samples, num_train, num_held_out, dataset))
+
+
+def read_jsonl(path: Path) -> list[Sample]:
+    """The samples of a JSON Lines file. Raises DataError naming the line that is not one."""
+    try:
+        with path.open(encoding="utf-8-sig", newline="\n") as lines:
+            return [
+                _parse_line(line, f"{path}, line {number}", f"{path.stem}/{number:06d}")
+                for number, line in enumerate(lines, 1)
+                if line.strip()
+            ]
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: expected UTF-8 text, found byte {error.object[error.start]:#04x}") from error
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise DataError(f"expected a .jsonl file, found nothing to read at {path}") from error
+
+
+def _parse_line(line: str, where: str, default_id: str) -> Sample:
+    try:
+        row = json.loads(line)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise DataError(f"{where}: expected a JSON object, found {line.strip()[:40]!r} ({error})") from error
+    return parse_row(row, where, default_id)
+
+
+def parse_row(row: Any, where: str, default_id: str) -> Sample:
+    """One sample from a mapping with prompt/reasoning/answer, question/answer (`#### ` before the final
+    answer, as in GSM8K), or text. Raises DataError saying `where` for anything else."""
+    if not isinstance(row, Mapping):
+        raise DataError(f"{where}: expected a JSON object, found {type(row).__name__}")
+    row = {name: value for name, value in row.items() if value is not None}
+    if "prompt" in row:
+        prompt, reasoning, answer = row["prompt"], row.get("reasoning", ""), row.get("answer", "")
+    elif "question" in row and isinstance(row.get("answer"), str):
+        reasoning, _, answer = row["answer"].rpartition(ANSWER_MARK)
+        prompt, reasoning = row["question"], reasoning.rstrip("\n")
+    elif "text" in row:
+        prompt, reasoning, answer = "", row["text"], ""
+    else:
+        raise DataError(f"{where}: expected the fields {FIELDS}, found {', '.join(sorted(row)) or 'none'}")
+    texts = {"prompt": prompt, "reasoning": reasoning, "answer": answer}
+    for name, text in texts.items():
+        if not isinstance(text, str) or (name == "answer" and "\n" in text):
+            raise DataError(f"{where}: expected {name} to be text (an answer on one line), found {text!r:.40}")
+        if not _is_unicode(text):
+            raise DataError(f"{where}: expected {name} to be Unicode text, found half of a surrogate pair")
+    if not (prompt or reasoning):
+        raise DataError(f"{where}: expected some text, found an empty sample")
+    return Sample(str(row.get("id", default_id)), **texts)
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _read_hub(name: str) -> list[Sample]:
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise DataError(
+            f"{name!r}: expected {BUILTIN_DATASET}, a .jsonl path, or a Hub data set, which needs "
+            "`pip install kvpipe[hub]`, found no such package"
+        ) from error
+    try:
+        rows: Iterable[Any] = load_dataset(name, split="train")
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"{name!r}: expected {BUILTIN_DATASET}, a .jsonl path or a reachable Hub data set, found {error}"
+        ) from error
+    return [parse_row(row, f"{name}, row {i}", f"{name}/{i:06d}") for i, row in enumerate(rows)]
+
+
+def _split(samples: list[Sample], num_train: int | None, num_held_out: int, dataset: str) -> dict[str, list[Sample]]:
+    """Hold out a tenth at most for each of validation and test, by a hash of the prompt: the choice does not
+    depend on the order of the file, and samples with one prompt stay together."""
+    if len(samples) < 3:
+        raise DataError(f"{dataset}: expected at least 3 samples (train, validation, test), found {len(samples)}")
+    by_prompt: dict[str, list[Sample]] = {}
+    for sample in samples:
+        by_prompt.setdefault(sample.prompt or sample.text, []).append(sample)
+    prompts = sorted(by_prompt, key=lambda prompt: hashlib.sha256(prompt.encode()).digest())
+    wanted = min(num_held_out, max(1, len(samples) // 10))
+    split_of: dict[str, str] = {}
+    for split in HELD_OUT:
+        count = 0
+        while count < wanted and prompts:
+            prompt = prompts.pop()
+            split_of[prompt] = split
+            count += len(by_prompt[prompt])
+    splits: dict[str, list[Sample]] = {"train": [], **{split: [] for split in HELD_OUT}}
+    for sample in samples:
+        splits[split_of.get(sample.prompt or sample.text, "train")].append(sample)
+    splits["train"] = splits["train"][:num_train]
+    for split, members in splits.items():
+        if not members:
+            raise DataError(f"{dataset}: expected different prompts for every split, found none left for {split}")
+    return splits

@@ -1,0 +1,33 @@
+"""Errors that a user can mend. The command line prints them on one line and exits with `exit_code`."""
+
+from __future__ import annotations
+
+
+class KVPipeError(Exception):
+    """What went wrong, what was expected and found, and what to do about it, in one line."""
+
+    exit_code = 2
+
+    def __init__(self, problem: str, *, expected: object = None, found: object = None, remedy: str) -> None:
+        message = problem
+        if expected is not None or found is not None:
+            message += f": expected {expected}, found {found}"
+        super().__init__(f"{message}. {remedy}")
+
+
+class StoreError(KVPipeError):
+    """A store that is missing, incomplete, damaged, or of another extraction."""
+
+
+class ModelError(KVPipeError):
+    """A model that cannot be loaded, or whose KV cache cannot be captured."""
+
+
+class ConfigError(KVPipeError):
+    """An option or a configuration file that makes no sense."""
+
+
+class CollapseError(KVPipeError):
+    """The distillation target lost its variance: the loss falls while nothing is taught."""
+
+    exit_code = 3

@@ -1,0 +1,57 @@
+"""The small arrays beside the KV: written whole, checksummed, read whole or not at all."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+from zarr.codecs import Crc32cCodec, ZstdCodec
+
+from .errors import StoreError
+
+CHUNK_BYTES = 2**22
+
+
+def add_array(group: zarr.Group, name: str, data: NDArray[Any], dimension_names: tuple[str, ...]) -> None:
+    """Write an array in chunks of whole rows. Every chunk is stored, zeros too: one that is missing is lost."""
+    rows = max(1, min(len(data), CHUNK_BYTES // max(1, data[:1].nbytes)))
+    with warnings.catch_warnings():
+        # A file's name may hold a dot; every Zarr v3 reader takes it.
+        warnings.simplefilter("ignore", UserWarning)
+        array = group.create_array(
+            name,
+            shape=data.shape,
+            chunks=(rows, *data.shape[1:]),
+            dtype=data.dtype,
+            compressors=[ZstdCodec(), Crc32cCodec()],
+            dimension_names=dimension_names,
+            config={"write_empty_chunks": True},
+        )
+    array[...] = data
+
+
+def read_array(group: zarr.Group, name: str) -> NDArray[Any]:
+    """A whole array. Raises StoreError where it, or one of its chunks, is missing or damaged."""
+    try:
+        array = open_array(group, name)
+        if array.nchunks_initialized != array.nchunks:
+            raise ValueError(f"{array.nchunks - array.nchunks_initialized} of {array.nchunks} chunks are missing")
+        return np.asarray(array[...])
+    except Exception as error:
+        raise StoreError(
+            f"{name} in {group.store_path} is damaged",
+            expected="the array that kvpipe wrote",
+            found=f"{type(error).__name__}: {error}",
+            remedy="Extract again into a new place",
+        ) from error
+
+
+def open_array(group: zarr.Group, name: str) -> zarr.Array[Any]:
+    """An array of a group. Raises KeyError or TypeError where it is missing or a group."""
+    array = group[name]
+    if not isinstance(array, zarr.Array):
+        raise TypeError(f"{name} is not an array")
+    return array

@@ -1,0 +1,326 @@
+"""The store: one Zarr v3 group with the KV, its ledger, the tokens, the text and the tokenizer."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import zarr
+from numpy.typing import NDArray
+from zarr.codecs import BytesCodec, Crc32cCodec
+
+from .errors import StoreError
+from .files import PARTIAL, write_atomic
+from .layout import DIMENSION_NAMES, LOGICAL_DTYPES, STORAGE_DTYPES, dtype_name
+from .manifest import Manifest
+from .shard import CRC_BYTES, ShardLayout, crc32c
+from .side_arrays import add_array, open_array, read_array
+
+TOKEN_BLOCK = 32
+"""Tokens in a chunk: short samples cost their own length, rounded up to this."""
+
+ATTRIBUTE = "kvpipe"
+
+
+@dataclass(frozen=True)
+class SampleTable:
+    """What a store keeps beside the KV, for `B` samples of at most `T` tokens.
+
+    `records` are the samples as JSON objects; `split` `[B]` names each sample's split by its index in
+    `split_names`. `input_ids` `[B, T]`, `segment_ids` `[B, T]` (-1 past the end) and `spans` `[B, T, 2]`
+    (character offsets) are padded on the right; `length` `[B]` counts real tokens.
+    """
+
+    records: Sequence[Mapping[str, Any]]
+    split_names: tuple[str, ...]
+    split: NDArray[np.int8]
+    length: NDArray[np.int32]
+    input_ids: NDArray[np.int32]
+    segment_ids: NDArray[np.int8]
+    spans: NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class KVGeometry:
+    """What only a forward pass can tell: the shape of one token's KV."""
+
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+
+    @property
+    def bytes_per_token(self) -> int:
+        return self.num_layers * 2 * self.num_kv_heads * self.head_dim * self.dtype.itemsize
+
+
+class KVStore:
+    """An open store. Its arrays are plain Zarr; `docs/storage.md` describes them."""
+
+    def __init__(self, path: Path, group: zarr.Group) -> None:
+        self.path = path
+        self.group = group
+        attributes = group.attrs[ATTRIBUTE]
+        self.manifest = Manifest.from_dict(attributes["manifest"])
+        self.kvpipe_version: str = attributes["kvpipe_version"]
+        self.truncated: int = attributes["truncated_samples"]
+        self.split_names: tuple[str, ...] = tuple(map(str, attributes["split_names"]))
+        kv = open_array(group, "kv")
+        self.shape = kv.shape
+        self.dtype = LOGICAL_DTYPES[str(kv.attrs["logical_dtype"])]
+        num_layers, _, self.num_samples, num_kv_heads, max_length, head_dim = kv.shape
+        self.geometry = KVGeometry(num_layers, num_kv_heads, head_dim, self.dtype)
+        if kv.shards is None or kv.dtype != STORAGE_DTYPES[self.dtype]:
+            raise ValueError(f"kv is not a sharded array of {attributes['manifest']['dtype']}")
+        self.layout = ShardLayout(
+            num_layers=num_layers,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            block=kv.chunks[4],
+            samples=kv.shards[2],
+            blocks=max_length // kv.chunks[4],
+            dtype=np.dtype(kv.dtype).newbyteorder("<"),
+        )
+
+    # ------------------------------------------------------------------ opening
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> KVStore:
+        """Open a store for reading. Raises StoreError where there is none, or only half of one."""
+        path = Path(path)
+        if not (path / "zarr.json").is_file():
+            raise StoreError(
+                f"no KV store at {path}",
+                expected="a Zarr group written by kvpipe",
+                found="a folder without zarr.json" if path.is_dir() else "nothing",
+                remedy="Write one with `kvpipe extract`, or name another with --store",
+            )
+        try:
+            return cls(path, zarr.open_group(path, mode="r"))
+        except StoreError:
+            raise
+        except Exception as error:
+            raise StoreError(
+                f"{path} is not a KV store, or its metadata is damaged ({type(error).__name__}: {error})",
+                remedy="Extract again into a new place",
+            ) from error
+
+    @classmethod
+    def create(
+        cls,
+        path: Path,
+        manifest: Manifest,
+        table: SampleTable,
+        geometry: KVGeometry,
+        *,
+        tokenizer_files: Mapping[str, bytes],
+        truncated: int,
+        shard_bytes: int,
+    ) -> KVStore:
+        """Lay out an empty store: everything but the KV itself. It appears at `path` whole or not at all."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        building = path.with_name(f".{path.name}{PARTIAL}")
+        shutil.rmtree(building, ignore_errors=True)
+        try:
+            group = zarr.create_group(building, zarr_format=3)
+            _create_arrays(group, table, geometry, shard_bytes)
+            for name, content in tokenizer_files.items():
+                add_array(group, f"tokenizer/{name}", np.frombuffer(content, np.uint8), ("byte",))
+            group.attrs[ATTRIBUTE] = {
+                "manifest": manifest.to_dict(),
+                "kvpipe_version": version("kvpipe"),
+                "split_names": list(table.split_names),
+                "truncated_samples": truncated,
+                "tokenizer_files": list(tokenizer_files),
+            }
+            building.rename(path)
+        except BaseException:
+            shutil.rmtree(building, ignore_errors=True)
+            raise
+        return cls.open(path)
+
+    # ------------------------------------------------------------------ provenance
+
+    def add_extraction(self, seconds: float, tokens: int, device: str) -> None:
+        """Note what a (perhaps resumed) extraction cost; not part of the store's identity."""
+        group = zarr.open_group(self.path, mode="r+")
+        group.attrs[ATTRIBUTE] = {
+            **group.attrs[ATTRIBUTE],
+            "extraction": {
+                "seconds": self.extraction["seconds"] + seconds,
+                "tokens": self.extraction["tokens"] + tokens,
+                "device": device,
+            },
+        }
+        self.group = group
+
+    @property
+    def extraction(self) -> dict[str, Any]:
+        """Seconds and tokens the teacher took for this store, over all resumed runs, and its last device."""
+        return self.group.attrs[ATTRIBUTE].get("extraction", {"seconds": 0.0, "tokens": 0, "device": ""})
+
+    # ------------------------------------------------------------------ what is in it
+
+    @cached_property
+    def length(self) -> NDArray[np.int32]:
+        """Tokens of every sample `[B]`."""
+        return np.asarray(read_array(self.group, "length"), dtype=np.int32)
+
+    @cached_property
+    def input_ids(self) -> NDArray[np.int32]:
+        """Token ids `[B, T]`, zeros past a sample's length."""
+        return np.asarray(read_array(self.group, "input_ids"), dtype=np.int32)
+
+    @cached_property
+    def segment_ids(self) -> NDArray[np.int8]:
+        """Segment of every token `[B, T]`, -1 past a sample's length."""
+        return np.asarray(read_array(self.group, "segment_ids"), dtype=np.int8)
+
+    @cached_property
+    def records(self) -> list[dict[str, Any]]:
+        """The samples as they were read: id, prompt, reasoning, answer."""
+        text = np.asarray(read_array(self.group, "text"), dtype=np.uint8).tobytes()
+        return [json.loads(line) for line in text.splitlines()]
+
+    def indices(self, split: str) -> NDArray[np.int64]:
+        """Positions of a split's samples. Raises StoreError for a split that is not in the store."""
+        if split not in self.split_names:
+            raise StoreError(
+                f"{self.path} has no such split",
+                expected=" or ".join(self.split_names),
+                found=split,
+                remedy="Name a split that is in the store",
+            )
+        split_ids = np.asarray(read_array(self.group, "split"))
+        return np.flatnonzero(split_ids == self.split_names.index(split))
+
+    def tokenizer_files(self) -> dict[str, bytes]:
+        """The tokenizer's files, by name: enough to rebuild it without the teacher."""
+        names: list[str] = self.group.attrs[ATTRIBUTE]["tokenizer_files"]
+        return {name: read_array(self.group, f"tokenizer/{name}").tobytes() for name in names}
+
+    def summary(self) -> dict[str, Any]:
+        """What `kvpipe inspect` shows, as JSON types."""
+        tokens = int(self.length.sum())
+        size = sum(file.stat().st_size for file in self.path.rglob("*") if file.is_file())
+        finished = len(self.finished_shards())
+        return {
+            "path": str(self.path),
+            "complete": finished == self.num_shards,
+            "shards": {"finished": finished, "total": self.num_shards, "samples each": self.layout.samples},
+            "shape": dict(zip(DIMENSION_NAMES, self.shape, strict=True)),
+            "samples": {split: len(self.indices(split)) for split in self.split_names},
+            "tokens": tokens,
+            "truncated_samples": self.truncated,
+            "dtype": dtype_name(self.dtype),
+            "bytes_on_disk": size,
+            "bytes_per_token": size / tokens,
+            "bytes_per_token_of_kv": self.geometry.bytes_per_token,
+            "extraction": self.extraction,
+            "kvpipe_version": self.kvpipe_version,
+            "manifest": self.manifest.to_dict(),
+        }
+
+    # ------------------------------------------------------------------ shards and ledger
+
+    @property
+    def num_shards(self) -> int:
+        return -(-self.num_samples // self.layout.samples)
+
+    def shard_path(self, shard: int) -> Path:
+        return self.path / "kv" / "c" / "0" / "0" / str(shard) / "0" / "0" / "0"
+
+    def shard_samples(self, shard: int) -> range:
+        """Positions of the samples in a shard."""
+        start = shard * self.layout.samples
+        return range(start, min(start + self.layout.samples, self.num_samples))
+
+    def _ledger_path(self, shard: int) -> Path:
+        return self.path / "ledger" / "c" / str(shard) / "0"
+
+    def record_shard(self, shard: int, checksums: NDArray[np.uint32]) -> None:
+        """Enter a finished shard into the ledger: only now does it count."""
+        data = checksums.astype("<u4").reshape(-1).view(np.uint8)
+        write_atomic(self._ledger_path(shard), data.tobytes() + crc32c(data).to_bytes(CRC_BYTES, "little"))
+
+    def shard_checksums(self, shard: int) -> NDArray[np.uint32]:
+        """Checksums `[samples, blocks]` of a shard's chunks. Raises StoreError for an unfinished shard."""
+        path = self._ledger_path(shard)
+        try:
+            data = np.fromfile(path, np.uint8)
+        except FileNotFoundError:
+            data = np.empty(0, np.uint8)
+        size = self.layout.samples * self.layout.blocks * 4
+        if len(data) != size + CRC_BYTES or crc32c(data[:size]).to_bytes(4, "little") != data[size:].tobytes():
+            raise StoreError(
+                f"shard {shard} of {self.path} is not in the ledger, or its entry is damaged",
+                expected=f"{size + CRC_BYTES} bytes with a valid checksum at {path}",
+                found=f"{len(data)} bytes",
+                remedy="Run the same `kvpipe extract` again to write the missing shards",
+            )
+        return data[:size].view("<u4").reshape(self.layout.samples, self.layout.blocks)
+
+    def finished_shards(self) -> set[int]:
+        """Shards that are whole, by the ledger. An array cannot tell: Zarr reads missing chunks as zeros."""
+        return {shard for shard in range(self.num_shards) if self._ledger_path(shard).is_file()}
+
+    @property
+    def complete(self) -> bool:
+        return len(self.finished_shards()) == self.num_shards
+
+    def require_complete(self) -> None:
+        """Raise StoreError unless every shard is in the ledger."""
+        finished = len(self.finished_shards())
+        if finished != self.num_shards:
+            raise StoreError(
+                f"{self.path} is incomplete",
+                expected=f"{self.num_shards} shards",
+                found=finished,
+                remedy="Run the same `kvpipe extract` again: it goes on where it stopped",
+            )
+
+
+def _create_arrays(group: zarr.Group, table: SampleTable, geometry: KVGeometry, shard_bytes: int) -> None:
+    num_samples, max_length = table.input_ids.shape
+    blocks = max_length // TOKEN_BLOCK
+    mean_bytes = float(np.mean(-(-table.length // TOKEN_BLOCK))) * TOKEN_BLOCK * geometry.bytes_per_token
+    samples = int(min(max(shard_bytes // mean_bytes, 1), num_samples))
+    plain = {"serializer": BytesCodec(endian="little"), "compressors": [Crc32cCodec()], "filters": None}
+    chunk = (geometry.num_layers, 2, 1, geometry.num_kv_heads, TOKEN_BLOCK, geometry.head_dim)
+    shape = (geometry.num_layers, 2, num_samples, geometry.num_kv_heads, max_length, geometry.head_dim)
+    group.create_array(
+        "kv",
+        shape=shape,
+        chunks=chunk,
+        shards=(*chunk[:2], samples, chunk[3], max_length, chunk[5]),
+        dtype=STORAGE_DTYPES[geometry.dtype],
+        fill_value=0,
+        dimension_names=DIMENSION_NAMES,
+        attributes={"logical_dtype": dtype_name(geometry.dtype)},
+        **plain,
+    )
+    group.create_array(
+        "ledger",
+        shape=(num_samples, blocks),
+        chunks=(samples, blocks),
+        dtype=np.uint32,
+        fill_value=0,
+        dimension_names=("sample", "block"),
+        **plain,
+    )
+    add_array(group, "length", table.length, ("sample",))
+    add_array(group, "split", table.split, ("sample",))
+    add_array(group, "input_ids", table.input_ids, ("sample", "token"))
+    add_array(group, "segment_ids", table.segment_ids, ("sample", "token"))
+    add_array(group, "spans", table.spans, ("sample", "token", "edge"))
+    text = "".join(f"{json.dumps(record)}\n" for record in table.records).encode()
+    add_array(group, "text", np.frombuffer(text, np.uint8), ("byte",))

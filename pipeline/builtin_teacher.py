@@ -1,0 +1,214 @@
+"""Make the built-in teacher again: its tokenizer and its weights, from the generated word problems alone.
+
+`python -m kvpipe.pipeline.builtin_teacher` takes about TBD minutes on one CPU core. The seeds are fixed, so
+the same library versions on the same kind of CPU give the same teacher. The old teacher stays in place
+unless the new one, read back from disk, solves enough problems that it was not trained on.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DataCollatorForSeq2Seq,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+
+from ..data import builtin
+from ..data.sample import Sample, Segment, extract_answer
+from ..data.tokenize import prompt_ids, tokenize
+from ..data.word_problems import generate
+
+DEFAULT_OUTPUT = Path(next(iter(builtin.__path__))) / "qwen"
+REQUIRED_EXACT_MATCH = 0.97
+
+SEED = 0
+TRAIN_SAMPLES = 50_000
+TEST_SAMPLES = 2_000
+EPOCHS = 2
+BATCH_SIZE = 32
+LEARNING_RATE = 3e-3
+
+VOCABULARY = 512
+MAX_TOKENS = 2048
+EOS = "<|endoftext|>"
+PAD = "<|pad|>"
+
+
+def main(
+    output: Annotated[Path, typer.Option(help="Folder of the teacher; replaced if there.")] = DEFAULT_OUTPUT,
+) -> None:
+    """Train the built-in teacher and put it into OUTPUT if it is good enough."""
+    # One thread: the order of summation, and with it the weights, then depends on no core count.
+    torch.set_num_threads(1)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".builtin-teacher-", dir=output.parent) as scratch:
+        made = Path(scratch) / "new"
+        make_teacher(made)
+        exact_match = measure(made)
+        typer.echo(f"exact match {exact_match:.2%} on {TEST_SAMPLES} test problems")
+        if exact_match < REQUIRED_EXACT_MATCH:
+            typer.echo(f"below {REQUIRED_EXACT_MATCH:.0%}: {output} is left as it was", err=True)
+            raise typer.Exit(1)
+        if output.exists():
+            output.rename(Path(scratch) / "old")
+        made.rename(output)
+    typer.echo(f"wrote {output}")
+
+
+def make_teacher(folder: Path) -> None:
+    """Train tokenizer and model, and save both: the weights in bfloat16."""
+    samples = list(generate("train", TRAIN_SAMPLES, SEED))
+    tokenizer = train_tokenizer(samples)
+    model = train_model(samples, tokenizer)
+    model.bfloat16().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def measure(folder: Path) -> float:
+    """The exact match of a saved teacher on the test split."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    samples = list(generate("test", TEST_SAMPLES, SEED))
+    return greedy_exact_match(model, tokenizer, samples, max_new_tokens=64)
+
+
+def train_tokenizer(samples: Sequence[Sample]) -> PreTrainedTokenizerFast:
+    """A byte-level BPE that writes every digit as a token of its own."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    bpe.decoder = decoders.ByteLevel()
+    # A token's characters include its leading space, so that the spans cover the text without gaps.
+    bpe.post_processor = processors.ByteLevel(trim_offsets=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=[EOS, PAD],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator((sample.text for sample in samples), trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        eos_token=EOS,
+        pad_token=PAD,
+        model_max_length=MAX_TOKENS,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def new_model(tokenizer: PreTrainedTokenizerBase) -> Qwen3ForCausalLM:
+    """The teacher's architecture with random weights."""
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        head_dim=32,
+        max_position_embeddings=MAX_TOKENS,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model = Qwen3ForCausalLM(config)
+    model.generation_config = GenerationConfig(
+        do_sample=False, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+    )
+    return model
+
+
+def train_model(samples: Sequence[Sample], tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """Train in float32 on the reasoning and the answer; the prompt is only read."""
+    set_seed(SEED)
+    with tempfile.TemporaryDirectory() as scratch:
+        arguments = TrainingArguments(
+            output_dir=scratch,
+            num_train_epochs=EPOCHS,
+            per_device_train_batch_size=BATCH_SIZE,
+            learning_rate=LEARNING_RATE,
+            lr_scheduler_type="cosine",
+            warmup_steps=300,
+            weight_decay=0.01,
+            adam_beta2=0.98,
+            train_sampling_strategy="group_by_length",
+            use_cpu=True,
+            dataloader_pin_memory=False,
+            seed=SEED,
+            logging_steps=100,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+        )
+        model = new_model(tokenizer)
+        trainer = Trainer(
+            model=model,
+            args=arguments,
+            train_dataset=_training_features(samples, tokenizer),
+            data_collator=DataCollatorForSeq2Seq(tokenizer),
+        )
+        trainer.train()
+    model.config.use_cache = True  # the Trainer turned it off
+    return model
+
+
+def _training_features(samples: Sequence[Sample], tokenizer: PreTrainedTokenizerBase) -> list[dict[str, list[int]]]:
+    features = []
+    for sample in tokenize(samples, tokenizer, MAX_TOKENS):
+        labels = sample.input_ids.copy()
+        labels[sample.segment_ids == Segment.PROMPT] = -100
+        features.append({"input_ids": sample.input_ids.tolist(), "labels": labels.tolist()})
+    return features
+
+
+def greedy_exact_match(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    samples: Sequence[Sample],
+    max_new_tokens: int,
+    batch_size: int = 128,
+) -> float:
+    """The share of samples whose answer the model writes when it continues the prompt greedily."""
+    prompts = [prompt_ids(sample).tolist() for sample in tokenize(samples, tokenizer, MAX_TOKENS)]
+    # Prompts of one length side by side: less padding to compute.
+    order = iter(sorted(range(len(samples)), key=lambda i: len(prompts[i])))
+    correct = 0
+    while batch := list(islice(order, batch_size)):
+        texts = _continue_greedily(model, tokenizer, [prompts[i] for i in batch], max_new_tokens)
+        answers = [extract_answer(text) for text in texts]
+        correct += sum(answer == samples[i].answer for i, answer in zip(batch, answers, strict=True))
+    return correct / len(samples)
+
+
+@torch.inference_mode()
+def _continue_greedily(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], max_new_tokens: int
+) -> list[str]:
+    inputs: Any = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
+    width = inputs["input_ids"].shape[1]
+    generated: Any = model.generate(**inputs.to(model.device), do_sample=False, max_new_tokens=max_new_tokens)
+    return tokenizer.batch_decode(generated[:, width:], skip_special_tokens=True)
+
+
+if __name__ == "__main__":
+    typer.run(main)

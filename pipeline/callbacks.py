@@ -1,0 +1,53 @@
+"""What a training run tells the user while it goes on: a progress bar and `metrics.jsonl`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.progress import Progress, TaskID
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+
+class TrainingProgress(TrainerCallback):
+    """One bar over all steps, with the latest losses."""
+
+    def __init__(self, progress: Progress, name: str) -> None:
+        self._progress, self._name = progress, name
+        self._task: TaskID | None = None
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._task = self._progress.add_task(self._name, total=state.max_steps, status="steps")
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        assert self._task is not None
+        self._progress.update(self._task, completed=state.global_step)
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        logs = kwargs["logs"]
+        shown = [f"{name} {logs[name]:.3f}" for name in ("ce", "kv", "eval_ce") if name in logs]
+        if self._task is not None and shown:
+            self._progress.update(self._task, status="steps · " + " · ".join(shown))
+
+
+class MetricsFile(TrainerCallback):
+    """`metrics.jsonl`: one line for every log, with its step. A resumed run drops what it will log again."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._path.write_text("".join(f"{json.dumps(entry)}\n" for entry in state.log_history))
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        with self._path.open("a") as file:
+            file.write(f"{json.dumps(state.log_history[-1])}\n")
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a `metrics.jsonl`; a line that is still being written does not count."""
+    if not path.exists():
+        return []
+    lines = path.read_text().split("\n")[:-1]
+    return [json.loads(line) for line in lines]

@@ -1,0 +1,132 @@
+"""The options of a distillation run, as the command line, an experiment file and `run.json` all know them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, get_args, get_type_hints
+
+from ..kvcache.align.aligner import Direction
+from ..kvcache.errors import ConfigError
+
+DistillMode = Literal["structured", "flat", "none"]
+OnCollapse = Literal["stop", "warn"]
+
+
+@dataclass(frozen=True)
+class DistillConfig:
+    """One recipe. Two runs with equal configs and one store are the same run."""
+
+    mode: DistillMode = "structured"
+    student: str = "tiny"
+    random_init: bool = False
+    direction: Direction = "student-to-teacher"
+    share_dim_proj: bool = True
+    init_uniform: bool = False
+    shuffle_kv: bool = False
+    kv_weight: float = 1.0
+    learning_rate: float = 2e-3
+    aligner_learning_rate: float | None = None
+    weight_decay: float = 0.01
+    warmup_ratio: float = 0.05
+    batch_size: int = 16
+    epochs: float = 3.0
+    max_steps: int = -1
+    samples: int | None = None
+    eval_split: str = "test"
+    max_new_tokens: int = 64
+    on_collapse: OnCollapse = "stop"
+    bf16: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, allowed in _CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise _refuse(name, " or ".join(allowed), getattr(self, name))
+        for name in ("learning_rate", "batch_size", "epochs", "max_new_tokens"):
+            if not getattr(self, name) > 0:
+                raise _refuse(name, "more than 0", getattr(self, name))
+        if self.aligner_learning_rate is not None and not self.aligner_learning_rate > 0:
+            raise _refuse("aligner_learning_rate", "more than 0", self.aligner_learning_rate)
+        if self.samples is not None and self.samples < 1:
+            raise _refuse("samples", "at least 1", self.samples)
+        if self.max_steps == 0 or self.max_steps < -1:
+            raise _refuse("max_steps", "at least 1, or -1 for no limit", self.max_steps)
+        for name in ("kv_weight", "weight_decay", "warmup_ratio"):
+            if not getattr(self, name) >= 0:
+                raise _refuse(name, "0 or more", getattr(self, name))
+        if self.mode == "none" and self.shuffle_kv:
+            raise _refuse("shuffle_kv", "a mode that uses KV", "mode none")
+
+    @property
+    def aligner_lr(self) -> float:
+        """Five times the student's unless given: an aligner that lags behind pulls the student to its own noise."""
+        return self.aligner_learning_rate or 5 * self.learning_rate
+
+    @property
+    def name(self) -> str:
+        """The run's name unless the user gives one."""
+        return f"{self.mode}{'-shuffled' if self.shuffle_kv else ''}-seed{self.seed}"
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def flags(self) -> list[str]:
+        """The options of `kvpipe distill` that give this config; defaults are left out."""
+        flags: list[str] = []
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value == field.default:
+                continue
+            if field.name == "share_dim_proj":
+                flags.append("--per-head-proj")
+            elif isinstance(value, bool):
+                flags.append(f"--{field.name.replace('_', '-')}")
+            else:
+                flags += [f"--{field.name.replace('_', '-')}", str(value)]
+        return flags
+
+    @classmethod
+    def from_mapping(cls, document: Mapping[str, Any], where: str) -> DistillConfig:
+        """A config from TOML or JSON. Raises ConfigError naming `where` and the field that is wrong."""
+        hints = get_type_hints(cls)
+        known = [field.name for field in fields(cls)]
+        for name, value in document.items():
+            if name not in known:
+                raise ConfigError(
+                    f"{where} has an unknown field", expected=", ".join(known), found=name, remedy="Mend its name"
+                )
+            if not _fits(value, hints[name]):
+                raise ConfigError(
+                    f"{where}: {name} has the wrong type",
+                    expected=getattr(hints[name], "__name__", str(hints[name])),
+                    found=repr(value),
+                    remedy="Mend its value",
+                )
+        return cls(**document)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if isinstance(hint, type):
+        return isinstance(value, hint)
+    options = get_args(hint)
+    if all(isinstance(option, str) for option in options):
+        return isinstance(value, str)  # __post_init__ names the choices
+    return any(_fits(value, option) for option in options)
+
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "mode": get_args(DistillMode),
+    "direction": get_args(Direction),
+    "on_collapse": get_args(OnCollapse),
+}
+
+
+def _refuse(name: str, expected: str, found: object) -> ConfigError:
+    return ConfigError(
+        f"{name} makes no sense", expected=expected, found=found, remedy=f"Mend --{name.replace('_', '-')}"
+    )

@@ -1,0 +1,56 @@
+"""The module that trains: a student, an aligner, and the loss between them."""
+
+from __future__ import annotations
+
+from jaxtyping import Float, Int, Shaped
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..kvcache.align.aligner import Aligner
+from ..kvcache.capture import CaptureCache
+from ..kvcache.layout import stack_past_kv
+from .losses import kv_mse, next_token_loss
+
+
+class KVDistiller(nn.Module):
+    """`loss = cross-entropy + kv_weight * KV loss`, from one student forward.
+
+    Without an aligner only the cross-entropy is left: the no-KV control.
+    """
+
+    def __init__(self, student: PreTrainedModel, aligner: Aligner | None, kv_weight: float = 1.0) -> None:
+        super().__init__()
+        self.student = student
+        self.aligner = aligner
+        self.kv_weight = kv_weight
+
+    def forward(
+        self,
+        input_ids: Int[Tensor, "B T"],
+        attention_mask: Int[Tensor, "B T"],
+        labels: Int[Tensor, "B T"],
+        teacher_kv: Shaped[Tensor, "L 2 B H T D"] | None = None,
+    ) -> dict[str, Tensor]:
+        """`loss`, its parts `ce` and `kv`, and, where there is teacher KV, the `target` it was compared with."""
+        if self.aligner is None or teacher_kv is None:
+            ce = next_token_loss(self.student(input_ids, attention_mask=attention_mask).logits, labels)
+            return {"loss": ce, "ce": ce.detach()}
+        logits, student_kv = self.student_forward(input_ids, attention_mask)
+        ce = next_token_loss(logits, labels)
+        prediction, target = self.aligner(student_kv, teacher_kv)
+        kv = kv_mse(prediction, target, attention_mask)
+        return {
+            "loss": ce + self.kv_weight * kv,
+            "ce": ce.detach(),
+            "kv": kv.detach(),
+            "target": target.detach(),
+        }
+
+    def student_forward(
+        self, input_ids: Int[Tensor, "B T"], attention_mask: Int[Tensor, "B T"]
+    ) -> tuple[Float[Tensor, "B T V"], Float[Tensor, "L 2 B H T D"]]:
+        """Logits and the student's own KV, with gradients."""
+        cache = CaptureCache(self.student.config)
+        output = self.student(input_ids, attention_mask=attention_mask, past_key_values=cache, use_cache=True)
+        cache.check_complete()
+        return output.logits, stack_past_kv(cache)

@@ -1,0 +1,266 @@
+"""Stage one: the teacher reads every sample once, and its KV cache goes to the store."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.progress import Progress
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..data.batching import length_batches
+from ..data.corpus import BUILTIN_DATASET, Corpus, load_corpus
+from ..data.sample import Segment
+from ..data.tokenize import TokenizedSample, tokenize
+from ..kvcache.capture import CaptureCache
+from ..kvcache.errors import ConfigError, StoreError
+from ..kvcache.layout import dtype_name, layer_pairs
+from ..kvcache.manifest import (
+    SCHEMA_VERSION,
+    DatasetIdentity,
+    Manifest,
+    TeacherIdentity,
+    hash_config,
+    hash_samples,
+    hash_tokenizer,
+    hash_weights,
+    rope_parameters,
+)
+from ..kvcache.store import TOKEN_BLOCK, KVGeometry, KVStore, SampleTable
+from ..kvcache.writer import Pairs, ShardWriter
+from .models import builtin_teachers, load_teacher, load_tokenizer, resolve_device, resolve_dtype, tokenizer_files
+from .progress import progress_bar
+
+DEFAULT_MAX_TOKENS = 1024
+AUTO_BATCH_TOKENS = {"cpu": 2048, "cuda": 32768}
+"""Padded tokens in a batch under `--batch-size auto`."""
+
+WINDOW_BATCHES = 8
+"""Samples are grouped by length within windows of whole shards that hold about this many batches."""
+
+
+@dataclass(frozen=True)
+class ExtractConfig:
+    """The options of `kvpipe extract`."""
+
+    model: str
+    store: Path
+    dataset: str = BUILTIN_DATASET
+    samples: int | None = None
+    eval_samples: int = 256
+    max_tokens: int | None = None
+    dtype: str = "auto"
+    device: str = "auto"
+    batch_size: int | None = None
+    max_shard_bytes: int = 64_000_000
+    revision: str | None = None
+    trust_remote_code: bool = False
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class ExtractReport:
+    """What one call of `extract` did. `seconds` and `teacher_tokens` are zero where nothing was left to do."""
+
+    store: KVStore
+    seconds: float
+    teacher_tokens: int
+    bytes_written: int
+    wait_seconds: float
+
+
+def default_store(model: str) -> Path:
+    """`stores/<model>.zarr`: the last part of a Hub id or folder."""
+    return Path("stores") / f"{Path(model).name}.zarr"
+
+
+def extract(config: ExtractConfig, progress: Progress | None = None) -> ExtractReport:
+    """Write the teacher's KV for a whole data set, or the part of it that an interrupted run left.
+
+    Raises ConfigError, DataError, ModelError or StoreError for what the user can mend.
+    """
+    if config.batch_size is not None and config.batch_size < 1:
+        raise ConfigError("no such batch", expected="at least 1", found=config.batch_size, remedy="Mend --batch-size")
+    device, dtype = resolve_device(config.device), resolve_dtype(config.dtype)
+    corpus = load_corpus(config.dataset, config.samples, config.eval_samples, config.seed)
+    source: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+    tokenizer = load_tokenizer(config.model, **source)
+    teacher = load_teacher(config.model, dtype=dtype, device=device, **source)
+    max_tokens = _max_tokens(config.max_tokens, teacher)
+    tokens = list(tokenize(chain.from_iterable(corpus.splits.values()), tokenizer, max_tokens))
+    manifest = _manifest(config, teacher, tokenizer, corpus, max_tokens)
+    store = _open_or_create(config, manifest, teacher, tokenizer, corpus, tokens)
+    with progress or progress_bar() as bar:
+        return _fill(store, teacher, config, bar)
+
+
+def capture_kv(model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> Pairs:
+    """Key and value `[B, H, T, D]` of every layer, from one forward of the base model (no LM head)."""
+    cache = CaptureCache(model.config)
+    model.base_model(input_ids=input_ids, attention_mask=attention_mask, past_key_values=cache, use_cache=True)
+    cache.check_complete()
+    return layer_pairs(cache)
+
+
+def _max_tokens(requested: int | None, teacher: PreTrainedModel) -> int:
+    positions = getattr(teacher.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if requested is None:
+        return min(DEFAULT_MAX_TOKENS, positions or DEFAULT_MAX_TOKENS)
+    if requested < 2 or (positions and requested > positions):
+        raise ConfigError(
+            "the teacher cannot read samples of this length",
+            expected=f"2 to {positions or 'any number of'} tokens",
+            found=requested,
+            remedy="Mend --max-tokens",
+        )
+    return requested
+
+
+def _manifest(
+    config: ExtractConfig,
+    teacher: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    corpus: Corpus,
+    max_tokens: int,
+) -> Manifest:
+    samples = [{"split": split, **asdict(s)} for split, members in corpus.splits.items() for s in members]
+    rope = rope_parameters(teacher.config)
+    return Manifest(
+        schema_version=SCHEMA_VERSION,
+        teacher=TeacherIdentity(
+            name=config.model if config.model in builtin_teachers() else Path(config.model).name,
+            revision=config.revision or getattr(teacher.config, "_commit_hash", None) or "",
+            config_hash=hash_config(teacher.config),
+            weights_hash=hash_weights(teacher.state_dict().items()),
+        ),
+        tokenizer_hash=hash_tokenizer(tokenizer),
+        dataset=DatasetIdentity(corpus.name, len(samples), hash_samples(samples)),
+        dtype=dtype_name(teacher.dtype),
+        codec="raw",
+        layers=tuple(range(teacher.config.get_text_config(decoder=True).num_hidden_layers)),
+        eviction="none",
+        key_position="post-rope" if rope else "none",
+        rope=rope,
+        max_tokens=max_tokens,
+        seed=config.seed,
+    )
+
+
+def _open_or_create(
+    config: ExtractConfig,
+    manifest: Manifest,
+    teacher: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    corpus: Corpus,
+    tokens: list[TokenizedSample],
+) -> KVStore:
+    if config.store.exists():
+        store = KVStore.open(config.store)
+        manifest.require_same(store.manifest, str(config.store))
+        return store
+    geometry = _probe(teacher, tokens[0])
+    table = _sample_table(corpus, tokens)
+    _require_space(config.store, int(sum(-(-table.length // TOKEN_BLOCK))) * TOKEN_BLOCK * geometry.bytes_per_token)
+    return KVStore.create(
+        config.store,
+        manifest,
+        table,
+        geometry,
+        tokenizer_files=tokenizer_files(tokenizer),
+        truncated=sum(sample.truncated for sample in tokens),
+        shard_bytes=config.max_shard_bytes,
+    )
+
+
+@torch.inference_mode()
+def _probe(teacher: PreTrainedModel, sample: TokenizedSample) -> KVGeometry:
+    """Heads, channels and dtype of the KV as they are, not as the config says: head_dim is often its own."""
+    ids = torch.from_numpy(sample.input_ids[:2].astype(np.int64))[None].to(teacher.device)
+    pairs = capture_kv(teacher, ids, torch.ones_like(ids))
+    _, num_kv_heads, _, head_dim = pairs[0][0].shape
+    return KVGeometry(len(pairs), num_kv_heads, head_dim, pairs[0][0].dtype)
+
+
+def _require_space(path: Path, needed: int) -> None:
+    existing = next(parent for parent in path.absolute().parents if parent.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise StoreError(
+            f"not enough space for {path}",
+            expected=f"{needed / 1e9:.2f} GB",
+            found=f"{free / 1e9:.2f} GB free",
+            remedy="Free some, place it elsewhere with --store, or extract fewer --samples",
+        )
+
+
+def _sample_table(corpus: Corpus, tokens: list[TokenizedSample]) -> SampleTable:
+    names = tuple(corpus.splits)
+    samples = [(names.index(split), sample) for split, members in corpus.splits.items() for sample in members]
+    length = np.array([len(t) for t in tokens], dtype=np.int32)
+    shape = (len(tokens), -(-int(length.max()) // TOKEN_BLOCK) * TOKEN_BLOCK)
+    table = SampleTable(
+        records=[asdict(sample) for _, sample in samples],
+        split_names=names,
+        split=np.array([split for split, _ in samples], dtype=np.int8),
+        length=length,
+        input_ids=np.zeros(shape, np.int32),
+        segment_ids=np.full(shape, Segment.PADDING, np.int8),
+        spans=np.zeros((*shape, 2), np.int32),
+    )
+    for row, sample in enumerate(tokens):
+        table.input_ids[row, : len(sample)] = sample.input_ids
+        table.segment_ids[row, : len(sample)] = sample.segment_ids
+        table.spans[row, : len(sample)] = sample.spans
+    return table
+
+
+def _batches(store: KVStore, config: ExtractConfig, device: torch.device) -> Iterator[list[int]]:
+    """The batches that fill the missing shards.
+
+    A batch's samples depend on the store's lengths and the batch size alone, never on what is already
+    written: a resumed extraction repeats the very same forwards, so it ends with the very same bytes.
+    """
+    max_tokens = AUTO_BATCH_TOKENS[device.type]
+    mean_batch = config.batch_size or max(1, max_tokens // int(store.length.mean()))
+    window = max(1, -(-WINDOW_BATCHES * mean_batch // store.layout.samples))
+    missing = set(range(store.num_shards)) - store.finished_shards()
+    for first in range(0, store.num_shards, window):
+        last = min(first + window, store.num_shards) - 1
+        samples = range(store.shard_samples(first).start, store.shard_samples(last).stop)
+        for batch in length_batches(samples, store.length, config.batch_size, max_tokens):
+            if any(index // store.layout.samples in missing for index in batch):
+                yield batch
+
+
+@torch.inference_mode()
+def _fill(store: KVStore, teacher: PreTrainedModel, config: ExtractConfig, progress: Progress) -> ExtractReport:
+    missing = set(range(store.num_shards)) - store.finished_shards()
+    batches = list(_batches(store, config, teacher.device))
+    total = int(sum(store.length[i] for batch in batches for i in batch))
+    task = progress.add_task(f"extract {config.store.name}", total=total, status="")
+    start, tokens = time.perf_counter(), 0
+    with ShardWriter(store, missing) as writer:
+        for batch in batches:
+            length = torch.from_numpy(store.length[batch])
+            width = int(length.max())
+            ids = torch.from_numpy(store.input_ids[batch, :width].astype(np.int64)).to(teacher.device)
+            mask = (torch.arange(width)[None] < length[:, None]).long().to(teacher.device)
+            writer.put(batch, capture_kv(teacher, ids, mask))
+            tokens += int(length.sum())
+            progress.update(task, completed=tokens, status=_status(writer, tokens, time.perf_counter() - start))
+    seconds = time.perf_counter() - start
+    if batches:
+        store.add_extraction(seconds, tokens, str(teacher.device))
+    return ExtractReport(store, seconds, tokens, writer.bytes_written, writer.wait_seconds)
+
+
+def _status(writer: ShardWriter, tokens: int, seconds: float) -> str:
+    rate, wait = tokens / seconds, writer.wait_seconds / seconds
+    return f"tokens · {rate:,.0f} tokens/s · {writer.bytes_written / 1e9:.2f} GB written · waits for disk {wait:.0%}"

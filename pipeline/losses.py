@@ -1,0 +1,35 @@
+"""Losses as pure functions, over real tokens only."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F  # noqa: N812 - the name everybody uses
+from jaxtyping import Float, Int
+from torch import Tensor
+
+IGNORED = -100
+"""The label of a token that is read but not learned."""
+
+
+def next_token_loss(logits: Float[Tensor, "B T V"], labels: Int[Tensor, "B T"], reduction: str = "mean") -> Tensor:
+    """Cross-entropy of each labelled token given the tokens before it, in nats.
+
+    `reduction="none"` gives `[B, T-1]`, zero where the label is ignored.
+    """
+    flat = F.cross_entropy(
+        logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=IGNORED, reduction=reduction
+    )
+    return flat.view(labels.shape[0], -1) if reduction == "none" else flat
+
+
+def kv_mse(
+    prediction: Float[Tensor, "L K B H T D"],
+    target: Float[Tensor, "L K B H T D"],
+    mask: Int[Tensor, "B T"],
+) -> Float[Tensor, ""]:
+    """Mean squared error over the real tokens of a batch; layers, and key and value (K = 2), weigh the same.
+
+    With targets normalised to unit variance, 1 is what predicting the mean would score.
+    """
+    layers, kinds, _, heads, _, channels = prediction.shape
+    squared = (prediction - target).square() * mask[None, None, :, None, :, None]
+    return squared.sum() / (mask.sum() * layers * kinds * heads * channels)

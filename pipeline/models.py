@@ -1,0 +1,183 @@
+"""Names to models: built-in, a local folder, or an id of the Hub."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import constants, get_session
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    set_seed,
+)
+
+from ..kvcache.errors import ConfigError, ModelError
+
+BUILTIN_DIR = Path(str(files("kvpipe.data.builtin")))
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def builtin_teachers() -> dict[str, Path]:
+    """Teachers that ship with the package: folders with weights."""
+    return {path.parent.name: path.parent for path in sorted(BUILTIN_DIR.glob("*/model.safetensors"))}
+
+
+def builtin_students() -> dict[str, Path]:
+    """Student configurations that ship with the package: folders with a config and no weights."""
+    return {
+        path.parent.name: path.parent
+        for path in sorted(BUILTIN_DIR.glob("*/config.json"))
+        if path.parent.name not in builtin_teachers()
+    }
+
+
+def locate(name: str) -> str:
+    """What `from_pretrained` takes for a built-in name, a folder or a Hub id."""
+    builtin = {**builtin_teachers(), **builtin_students()}.get(name)
+    return str(builtin or name)
+
+
+def resolve_device(device: str) -> torch.device:
+    """`auto` is CUDA where there is one, else the CPU. Raises ConfigError for a device that is not there."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        resolved = torch.device(device)
+    except RuntimeError as error:
+        raise ConfigError(
+            "unknown device", expected="auto, cpu, cuda or cuda:N", found=device, remedy="Mend --device"
+        ) from error
+    if resolved.type not in ("cpu", "cuda"):
+        raise ConfigError("this device is not supported", expected="cpu or cuda", found=device, remedy="Mend --device")
+    if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            "the GPU asked for is not there",
+            expected=device,
+            found=f"{torch.cuda.device_count()} CUDA devices",
+            remedy="Use --device cpu, or install a CUDA build of torch on a machine with a GPU",
+        )
+    return resolved
+
+
+def resolve_dtype(name: str) -> torch.dtype | str:
+    """`auto` keeps the dtype of the model's own weights. Raises ConfigError for an unknown name."""
+    if name == "auto":
+        return "auto"
+    if name not in DTYPES:
+        raise ConfigError("unknown dtype", expected=f"auto, {', '.join(DTYPES)}", found=name, remedy="Mend --dtype")
+    return DTYPES[name]
+
+
+def load_tokenizer(
+    model: str, *, option: str = "--model", revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model. Raises ModelError, blaming `option`, where it cannot be found."""
+    source = {"revision": revision, "trust_remote_code": trust_remote_code}
+    return _load(AutoTokenizer.from_pretrained, model, "tokenizer of model", option, **source)
+
+
+def load_teacher(
+    model: str,
+    *,
+    dtype: torch.dtype | str,
+    device: torch.device,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """A causal LM in eval mode. Raises ModelError where it cannot be found or has no weights."""
+    source = {"revision": revision, "trust_remote_code": trust_remote_code}
+    teacher = _load(AutoModelForCausalLM.from_pretrained, model, "model", "--model", dtype=dtype, **source)
+    teacher.base_model.register_forward_pre_hook(_count_forward)
+    return teacher.to(device).eval()
+
+
+def _load(loader: Callable[..., Any], name: str, kind: str, option: str, **options: Any) -> Any:
+    try:
+        return loader(locate(name), local_files_only=_is_offline(name), **options)
+    except (OSError, ValueError, KeyError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+        if Path(locate(name)).exists():
+            raise ModelError(f"cannot load the {kind} {name!r}: {reason}", remedy=f"Mend {option}") from error
+        raise ModelError(
+            f"cannot load the {kind} {name!r}: it is not built in, not a local folder, and the Hub did not give it "
+            f"({reason.rstrip('.')})",
+            remedy=f"Two ways on: pass the folder of a downloaded model with {option}, or a built-in one "
+            "(`kvpipe models` lists them)",
+        ) from error
+
+
+def _is_offline(name: str) -> bool:
+    """Whether `name` would come from the Hub and the Hub cannot be reached: one quick try, no retries."""
+    if Path(locate(name)).exists() or constants.HF_HUB_OFFLINE:
+        return bool(constants.HF_HUB_OFFLINE)
+    try:
+        get_session().head(constants.ENDPOINT, timeout=5)
+    except Exception:  # noqa: BLE001 - whatever the transport raises, there is no Hub to ask
+        return True
+    return False
+
+
+_teacher_forwards = 0
+
+
+def _count_forward(*_: Any) -> None:
+    global _teacher_forwards
+    _teacher_forwards += 1
+
+
+def teacher_forwards() -> int:
+    """Forward passes of any teacher in this process: `run.json` shows that stage two makes none."""
+    return _teacher_forwards
+
+
+def load_student(student: str, *, vocab_size: int, random_init: bool, seed: int) -> PreTrainedModel:
+    """The student, in float32: pretrained, or random from its config (see `starts_random`).
+
+    A random student takes `vocab_size` from the store's tokenizer. Its weights depend on `seed` alone.
+    Raises ModelError where it cannot be found.
+    """
+    set_seed(seed)
+    if starts_random(student, random_init):
+        config: PreTrainedConfig = _load(AutoConfig.from_pretrained, student, "student", "--student")
+        config.get_text_config(decoder=True).vocab_size = vocab_size
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    return _load(AutoModelForCausalLM.from_pretrained, student, "student", "--student", dtype=torch.float32)
+
+
+def starts_random(student: str, random_init: bool) -> bool:
+    """Whether a student starts from random weights: asked for, or a config without weights."""
+    path = Path(locate(student))
+    if path.is_dir():
+        return random_init or not any(path.glob("*.safetensors*"))
+    return random_init or path.suffix == ".json"
+
+
+def tokenizer_files(tokenizer: PreTrainedTokenizerBase) -> dict[str, bytes]:
+    """The files of a tokenizer, by name."""
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir()) if path.is_file()}
+
+
+def tokenizer_from_files(contents: Mapping[str, bytes]) -> PreTrainedTokenizerBase:
+    """The tokenizer that `tokenizer_files` took apart. Raises ModelError for names that are not plain files."""
+    with tempfile.TemporaryDirectory() as folder:
+        for name, content in contents.items():
+            if Path(name).name != name or Path(name).suffix == ".py":
+                raise ModelError(
+                    "the store's tokenizer is damaged",
+                    expected="plain data file names",
+                    found=name,
+                    remedy="Extract the store again",
+                )
+            (Path(folder) / name).write_bytes(content)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)

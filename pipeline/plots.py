@@ -1,0 +1,93 @@
+"""The report's figures, as SVG text that fits a light and a dark page."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.figure import Figure
+
+from .results import Results
+
+# Okabe & Ito's palette: told apart by colour-blind readers too.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999", "#F0E442")
+INK = "#808080"
+STYLE = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "kvpipe",
+    "font.size": 10,
+    "font.family": "sans-serif",
+    "text.color": INK,
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.frameon": False,
+}
+
+
+def learning_curves(results: Results) -> str:
+    """Held-out cross-entropy by step: the mean of each arm's seeds, and their range."""
+    figure, axes = _figure(6.4, 3.6)
+    for arm, colour in zip(results.arms(), COLOURS, strict=False):
+        curves = [run.curve for run in results.runs if run.arm == arm and run.curve]
+        length = min(map(len, curves), default=0)
+        if length == 0:
+            continue
+        steps = [step for step, _ in curves[0][:length]]
+        values = np.array([[value for _, value in curve[:length]] for curve in curves])
+        axes.plot(steps, values.mean(0), color=colour, label=arm, marker="o", markersize=3)
+        axes.fill_between(steps, values.min(0), values.max(0), color=colour, alpha=0.15, linewidth=0)
+    axes.set_xlabel("training step")
+    axes.set_ylabel("held-out cross-entropy (nats)")
+    axes.legend()
+    return _svg(figure)
+
+
+def paired_differences(results: Results) -> str:
+    """Every seed's difference on the primary metric, with the mean and its 95% interval."""
+    comparisons = results.comparisons[results.primary_metric]
+    figure, axes = _figure(6.4, 0.8 + 0.5 * len(comparisons))
+    axes.axvline(0, color=INK, linewidth=0.8)
+    for row, comparison in enumerate(reversed(comparisons)):
+        axes.plot(comparison.differences, [row] * comparison.num_seeds, "o", color=COLOURS[0], alpha=0.45)
+        axes.plot([comparison.ci_low, comparison.ci_high], [row, row], color=COLOURS[1], linewidth=2)
+        axes.plot([comparison.mean_difference], [row], "D", color=COLOURS[1], markersize=6)
+    axes.set_yticks(range(len(comparisons)), [f"{c.arm} - {c.control}" for c in reversed(comparisons)])
+    axes.set_xlabel(f"difference in {results.primary_metric}, one dot a seed; mean and 95% CI")
+    return _svg(figure)
+
+
+def time_by_part(results: Results) -> str:
+    """Mean seconds of an arm's runs, by part."""
+    figure, axes = _figure(6.4, 0.8 + 0.45 * len(results.arms()))
+    parts = ("setup", "train", "data_wait", "evaluation")
+    for row, arm in enumerate(reversed(results.arms())):
+        seconds = [run.record["seconds"] for run in results.runs if run.arm == arm]
+        means = {part: float(np.mean([s[part] for s in seconds])) for part in parts}
+        means["train"] -= means["data_wait"]
+        left = 0.0
+        for part, colour in zip(parts, COLOURS, strict=False):
+            axes.barh(row, means[part], left=left, color=colour, label=part if row == 0 else None)
+            left += means[part]
+    axes.set_yticks(range(len(results.arms())), list(reversed(results.arms())))
+    axes.set_xlabel("seconds a run")
+    axes.legend(ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    return _svg(figure)
+
+
+def _figure(width: float, height: float) -> tuple[Figure, Any]:
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        return figure, figure.add_subplot()
+
+
+def _svg(figure: Figure) -> str:
+    text = io.StringIO()
+    with mpl.rc_context(STYLE):
+        figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
+    return text.getvalue()[text.getvalue().index("<svg") :]

@@ -1,0 +1,160 @@
+"""From finished runs to numbers: scores by arm and seed, comparisons, and what the store saved."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..kvcache.errors import ConfigError
+from ..kvcache.store import KVStore
+from .callbacks import read_metrics
+from .experiment import ExperimentRuns
+from .experiment_config import ExperimentConfig
+from .stats import Comparison, adjust, compare
+
+SECONDARY_METRICS = ("ce_auc", "exact_match", "token_accuracy")
+
+Curve = list[tuple[int, float]]
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """One finished run: its scores and its learning curve of (step, held-out cross-entropy)."""
+
+    name: str
+    arm: str
+    seed: int
+    scores: dict[str, float]
+    curve: Curve
+    record: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Savings:
+    """Measured seconds, and what they would have been with the teacher in every run.
+
+    `online_seconds` is R * (T + S) from the same measured T and S: one teacher pass a run. A loop that
+    asks the teacher again each epoch would cost more.
+    """
+
+    teacher_seconds: float
+    student_seconds: float
+    runs: int
+    offline_seconds: float
+    online_seconds: float
+
+
+@dataclass(frozen=True)
+class Results:
+    """All that a report shows."""
+
+    name: str
+    primary_metric: str
+    runs: list[RunResult]
+    failures: dict[str, str]
+    comparisons: dict[str, list[Comparison]]
+    savings: Savings
+    store: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def arms(self) -> list[str]:
+        return list(dict.fromkeys(run.arm for run in self.runs))
+
+
+def collect(config: ExperimentConfig, outcome: ExperimentRuns, runs_dir: Path) -> Results:
+    """Gather and compare. Raises ConfigError where two runs of a seed are not a pair, or a metric is unknown."""
+    runs = [
+        _run_result(name, name.rsplit("-seed", 1)[0], recipe.seed, outcome.records[name], runs_dir)
+        for name, recipe in config.runs
+        if name in outcome.records
+    ]
+    _require_pairs(runs)
+    metrics = dict.fromkeys([config.primary_metric, *SECONDARY_METRICS])
+    if runs and config.primary_metric not in runs[0].scores:
+        raise ConfigError(
+            "unknown primary metric",
+            expected=", ".join(runs[0].scores),
+            found=config.primary_metric,
+            remedy="Mend primary_metric in the experiment file",
+        )
+    store = KVStore.open(config.extract.store)
+    return Results(
+        name=config.name,
+        primary_metric=config.primary_metric,
+        runs=runs,
+        failures=outcome.failures,
+        comparisons={metric: _compare_all(config, runs, metric) for metric in metrics},
+        savings=_savings(runs, store),
+        store=store.summary(),
+    )
+
+
+def _run_result(name: str, arm: str, seed: int, record: dict[str, Any], runs_dir: Path) -> RunResult:
+    logs = read_metrics(runs_dir / name / "metrics.jsonl")
+    curve = [(int(entry["step"]), float(entry["eval_ce"])) for entry in logs if "eval_ce" in entry]
+    scores = {metric: value for metric, value in record["metrics"].items() if value is not None}
+    scores["ce_auc"] = _area(curve)
+    return RunResult(name, arm, seed, scores, curve, record)
+
+
+def _area(curve: Curve) -> float:
+    """Mean height of a learning curve between its first and last point."""
+    steps, values = np.array([s for s, _ in curve], float), np.array([v for _, v in curve], float)
+    if len(curve) < 2 or steps[-1] == steps[0]:
+        return float(values.mean()) if len(curve) else float("nan")
+    return float(np.trapezoid(values, steps) / (steps[-1] - steps[0]))
+
+
+def _require_pairs(runs: list[RunResult]) -> None:
+    """Runs that share a seed must share the initial student, the data order and the evaluation samples."""
+    first: dict[int, RunResult] = {}
+    for run in runs:
+        pair = first.setdefault(run.seed, run)
+        if run.record["pairing"] != pair.record["pairing"]:
+            raise ConfigError(
+                f"{run.name} and {pair.name} are not a pair",
+                expected=pair.record["pairing"],
+                found=run.record["pairing"],
+                remedy="Arms must not change the student, the batches or the evaluation split",
+            )
+
+
+def _compare_all(config: ExperimentConfig, runs: list[RunResult], metric: str) -> list[Comparison]:
+    """One family: Holm's correction spans all comparisons of a metric."""
+    scores: dict[str, dict[int, float]] = {arm: {} for arm in config.arms}
+    for run in runs:
+        if metric in run.scores:
+            scores[run.arm][run.seed] = run.scores[metric]
+    return adjust([compare(arm, control, metric, scores[arm], scores[control]) for arm, control in config.comparisons])
+
+
+def arm_summary(results: Results, metric: str) -> Mapping[str, tuple[float, float, int]]:
+    """Mean, standard deviation over seeds and number of seeds of every arm."""
+    found = {}
+    for arm in results.arms():
+        values = [run.scores[metric] for run in results.runs if run.arm == arm and metric in run.scores]
+        if values:
+            found[arm] = (
+                float(np.mean(values)),
+                float(np.std(values, ddof=1)) if len(values) > 1 else 0.0,
+                len(values),
+            )
+    return found
+
+
+def _savings(runs: list[RunResult], store: KVStore) -> Savings:
+    with_kv = [run.record["seconds"]["total"] for run in runs if run.record["config"]["mode"] != "none"]
+    teacher, student = float(store.extraction["seconds"]), float(np.mean(with_kv)) if with_kv else 0.0
+    return Savings(
+        teacher_seconds=teacher,
+        student_seconds=student,
+        runs=len(with_kv),
+        offline_seconds=teacher + float(sum(with_kv)),
+        online_seconds=len(with_kv) * (teacher + student),
+    )

@@ -1,0 +1,83 @@
+"""A run on disk: what it is (`config.json`), how far it came (`checkpoints/`), what came out (`run.json`)."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from ..kvcache.errors import ConfigError
+from ..kvcache.files import write_atomic
+from ..kvcache.manifest import flatten
+from ..kvcache.store import KVStore
+from .config import DistillConfig
+
+
+def run_identity(config: DistillConfig, store: KVStore) -> dict[str, Any]:
+    """What makes two runs the same run: the recipe and the store's manifest."""
+    return {"config": config.to_dict(), "store": store.manifest.hash}
+
+
+class RunDirectory:
+    """One run's folder. It belongs to one recipe and one store; another recipe is refused."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.metrics = path / "metrics.jsonl"
+        self.student = path / "student"
+        self.checkpoints = path / "checkpoints"
+
+    @property
+    def record(self) -> dict[str, Any] | None:
+        """`run.json`, or None while the run is not finished."""
+        return _read(self.path / "run.json")
+
+    def claim(self, identity: dict[str, Any], *, overwrite: bool) -> None:
+        """Take the folder for a run. Raises ConfigError, naming the field, where it holds a different one."""
+        if overwrite:
+            shutil.rmtree(self.path, ignore_errors=True)
+        found = _read(self.path / "config.json")
+        if found is None:
+            if self.path.is_dir() and any(self.path.iterdir()):
+                raise ConfigError(
+                    f"{self.path} is not a run directory",
+                    expected="an empty folder, or one with config.json",
+                    found="other files",
+                    remedy="Choose another --output-dir",
+                )
+            write_atomic(self.path / "config.json", _pretty(identity))
+            return
+        expected_fields, found_fields = flatten(identity), flatten(found)
+        for name in sorted(expected_fields.keys() | found_fields.keys()):
+            if expected_fields.get(name) != found_fields.get(name):
+                raise ConfigError(
+                    f"{self.path} holds another run ({name} differs)",
+                    expected=expected_fields.get(name),
+                    found=found_fields.get(name),
+                    remedy="Choose another --output-dir, or replace it with --overwrite",
+                )
+
+    def last_checkpoint(self) -> Path | None:
+        """The latest whole checkpoint: `trainer_state.json` is written last."""
+        whole = [path.parent for path in self.checkpoints.glob("checkpoint-*/trainer_state.json")]
+        return max(whole, key=lambda path: int(path.name.split("-")[1]), default=None)
+
+    def finish(self, record: dict[str, Any]) -> None:
+        """Write `run.json`: the run is done."""
+        write_atomic(self.path / "run.json", _pretty(record))
+
+
+def _pretty(document: dict[str, Any]) -> bytes:
+    return (json.dumps(document, indent=2) + "\n").encode()
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    except json.JSONDecodeError as error:
+        raise ConfigError(
+            f"{path} is damaged", expected="JSON", found=error, remedy="Start the run again with --overwrite"
+        ) from error

@@ -1,0 +1,98 @@
+"""Paired comparisons of arms over seeds: scipy and statsmodels do the statistics, this file asks them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+from scipy import stats
+from statsmodels.stats.multitest import multipletests
+
+Verdict = Literal["better", "worse", "inconclusive", "no verdict"]
+
+ALPHA = 0.05
+MIN_SEEDS = 6
+"""With fewer paired seeds no sign-based test can reach ALPHA (5 seeds: 0.0625): numbers, no verdict."""
+
+LOWER_IS_BETTER = {"ce", "ce_auc", "nmse_key", "nmse_value"}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """`arm` against `control` on one metric. `differences` are arm minus control, one a seed."""
+
+    arm: str
+    control: str
+    metric: str
+    seeds: tuple[int, ...]
+    differences: tuple[float, ...]
+    mean_difference: float
+    ci_low: float
+    ci_high: float
+    p_value: float
+    p_adjusted: float
+    effect_size: float
+    verdict: Verdict
+
+    @property
+    def num_seeds(self) -> int:
+        return len(self.seeds)
+
+
+def compare(
+    arm: str, control: str, metric: str, arm_scores: Mapping[int, float], control_scores: Mapping[int, float]
+) -> Comparison:
+    """Paired t-test over the seeds that both arms finished; Cohen's d_z as the effect size.
+
+    With fewer than two seeds, or where every seed gives the same difference, the test has nothing to say:
+    its numbers are NaN.
+    """
+    seeds = tuple(sorted(arm_scores.keys() & control_scores.keys()))
+    differences = np.array([arm_scores[s] - control_scores[s] for s in seeds])
+    mean = float(differences.mean()) if len(seeds) else float("nan")
+    spread = float(differences.std(ddof=1)) if len(seeds) > 1 else 0.0
+    low = high = p_value = effect = float("nan")
+    if spread > 0:
+        test = stats.ttest_1samp(differences, 0.0)
+        interval = test.confidence_interval(1 - ALPHA)
+        low, high, p_value = float(interval.low), float(interval.high), float(test.pvalue)
+        effect = mean / spread
+    return Comparison(
+        arm=arm,
+        control=control,
+        metric=metric,
+        seeds=seeds,
+        differences=tuple(differences.tolist()),
+        mean_difference=mean,
+        ci_low=low,
+        ci_high=high,
+        p_value=p_value,
+        p_adjusted=p_value,
+        effect_size=effect,
+        verdict="no verdict",
+    )
+
+
+def adjust(comparisons: Sequence[Comparison]) -> list[Comparison]:
+    """Holm's correction over a family of comparisons, and the verdict of each."""
+    tested = [i for i, c in enumerate(comparisons) if not np.isnan(c.p_value)]
+    adjusted = [float("nan")] * len(comparisons)
+    if tested:
+        corrected = multipletests([comparisons[i].p_value for i in tested], alpha=ALPHA, method="holm")[1]
+        for i, p_value in zip(tested, corrected, strict=True):
+            adjusted[i] = float(p_value)
+    return [
+        replace(comparison, p_adjusted=p_value, verdict=_verdict(comparison, p_value))
+        for comparison, p_value in zip(comparisons, adjusted, strict=True)
+    ]
+
+
+def _verdict(comparison: Comparison, p_adjusted: float) -> Verdict:
+    if comparison.num_seeds < MIN_SEEDS:
+        return "no verdict"
+    if not p_adjusted < ALPHA:
+        return "inconclusive"
+    improved = (comparison.mean_difference < 0) == (comparison.metric in LOWER_IS_BETTER)
+    return "better" if improved else "worse"

@@ -1,0 +1,165 @@
+"""The training loop: transformers' Trainer, fed from the store and watched for collapse."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_model, save_model
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from ..data.batching import ShuffledBatches
+from .checkpoint import load_optimizer, load_rng, save_optimizer, save_rng
+from .config import DistillConfig
+from .distiller import KVDistiller
+from .monitor import CollapseMonitor
+from .training_data import KVDataset
+
+Evaluate = Callable[[KVDistiller], dict[str, float]]
+
+
+class DistillTrainer(Trainer):
+    """Trains a KVDistiller. `evaluate` runs `evaluate_fn`; checkpoints hold safetensors and JSON only.
+
+    `data_wait_seconds` is the time the loop waited for batches, `eval_seconds` the time in evaluations.
+    """
+
+    optimizer: Any
+    lr_scheduler: Any
+
+    def __init__(
+        self,
+        distiller: KVDistiller,
+        arguments: TrainingArguments,
+        config: DistillConfig,
+        dataset: KVDataset,
+        batches: ShuffledBatches,
+        evaluate_fn: Evaluate,
+    ) -> None:
+        super().__init__(model=distiller, args=arguments, train_dataset=dataset, eval_dataset=dataset)
+        self.config = config
+        self.monitor = CollapseMonitor()
+        self.data_wait_seconds = 0.0
+        self.eval_seconds = 0.0
+        self._batches = batches
+        self._evaluate_fn = evaluate_fn
+        self._part_sums: dict[str, Tensor] = {}
+        self._part_steps = 0
+        for callback in (PrinterCallback, ProgressCallback):
+            self.remove_callback(callback)
+
+    # ------------------------------------------------------------------ data
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        workers = self.args.dataloader_num_workers
+        loader = DataLoader(
+            self.train_dataset,
+            batch_sampler=self._batches,
+            collate_fn=_as_is,
+            num_workers=workers,
+            pin_memory=self.args.dataloader_pin_memory,
+            persistent_workers=workers > 0,
+            # Never forked: threads of the parent do not survive a fork, their locks do.
+            multiprocessing_context="spawn" if workers else None,
+        )
+        return self.accelerator.prepare(loader)
+
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
+        start = time.perf_counter()
+        batches = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self.data_wait_seconds += time.perf_counter() - start
+        return batches
+
+    # ------------------------------------------------------------------ optimisation
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """AdamW with the aligner at its own learning rate; no weight decay on biases and norms."""
+        if self.optimizer is None:
+            distiller = model if model is not None else self.model
+            decayed = set(self.get_decay_parameter_names(distiller))
+            groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+            for name, parameter in distiller.named_parameters():
+                if parameter.requires_grad:
+                    groups.setdefault((".aligner." in f".{name}", name in decayed), []).append(parameter)
+            optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, distiller)
+            self.optimizer = optimizer_class(
+                [
+                    {
+                        "params": parameters,
+                        "lr": self.config.aligner_lr if is_aligner else self.config.learning_rate,
+                        "weight_decay": self.args.weight_decay if is_decayed else 0.0,
+                    }
+                    for (is_aligner, is_decayed), parameters in groups.items()
+                ],
+                **options,
+            )
+        return self.optimizer
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], *_: Any, **__: Any) -> Tensor:
+        outputs = model(**inputs)
+        for part in ("ce", "kv"):
+            if part in outputs:
+                self._part_sums[part] = self._part_sums.get(part, torch.zeros(())) + outputs[part].cpu()
+        self._part_steps += 1
+        if "target" in outputs and self.state.global_step % self.args.logging_steps == 0:
+            self._check_collapse(outputs["target"], inputs["attention_mask"])
+        return outputs["loss"]
+
+    def _check_collapse(self, target: Tensor, mask: Tensor) -> None:
+        self.monitor.update(target, mask)
+        if self.monitor.collapsed and self.config.on_collapse == "stop":
+            raise self.monitor.error()
+
+    # ------------------------------------------------------------------ logs and evaluation
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs and self._part_steps:
+            logs |= {part: float(total) / self._part_steps for part, total in self._part_sums.items()}
+            self._part_sums, self._part_steps = {}, 0
+            if self.monitor.latest is not None:
+                logs["target_variance"] = self.monitor.latest.variance
+                logs["target_effective_rank"] = self.monitor.latest.effective_rank
+        super().log(logs, start_time)
+
+    def evaluate(self, *_: Any, metric_key_prefix: str = "eval", **__: Any) -> dict[str, float]:
+        start = time.perf_counter()
+        distiller = self.accelerator.unwrap_model(self.model)
+        metrics = {f"{metric_key_prefix}_{k}": v for k, v in self._evaluate_fn(distiller).items()}
+        self.eval_seconds += time.perf_counter() - start
+        self.log(dict(metrics))
+        return metrics
+
+    # ------------------------------------------------------------------ checkpoints
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_model(self.model, str(folder / "model.safetensors"))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        load_model(model or self.model, str(Path(resume_from_checkpoint) / "model.safetensors"))
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.args.should_save:
+            save_optimizer(self.optimizer, self.lr_scheduler, Path(output_dir))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            load_optimizer(self.optimizer, self.lr_scheduler, Path(checkpoint))
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        save_rng(Path(output_dir) / f"rng_state_{self.args.process_index}.json")
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            load_rng(Path(checkpoint) / f"rng_state_{self.args.process_index}.json")
+
+
+def _as_is(batch: Any) -> Any:
+    return batch
