@@ -6,7 +6,8 @@ import json
 import platform
 import resource
 import time
-from collections.abc import Sequence
+from collections.abc import Callable
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,7 @@ def distill(
     A finished run is returned as it is; an interrupted one goes on from its last checkpoint. Raises
     ConfigError, ModelError or StoreError for what the user can mend, CollapseError for a collapsed target.
     """
-    start = time.perf_counter()
+    started = time.perf_counter()
     resolved = resolve_device(device)
     store = KVStore.open(store_path)
     store.require_complete()
@@ -73,66 +74,75 @@ def distill(
     run.claim(run_identity(config, store), overwrite=overwrite)
     if (record := run.record) is not None:
         return record
-    tokenizer = tokenizer_from_files(store.tokenizer_files())
-    student = load_student(config.student, vocab_size=len(tokenizer), random_init=config.random_init, seed=config.seed)
-    _check_tokenizer(config, student, len(tokenizer), store)
-    train, held_out = _indices(store, config), store.indices(config.eval_split)
-    pairing = _pairing(store, student, train, held_out, config)
-    layer_map = ratio_map(student.config.get_text_config(decoder=True).num_hidden_layers, store.geometry.num_layers)
-    distiller = KVDistiller(student, _build_aligner(config, store, student, layer_map, train), config.kv_weight)
-    eval_data = KVDataset(store, with_kv=True)
-    trainer = DistillTrainer(
-        distiller,
-        _arguments(config, run, resolved),
-        config,
-        KVDataset(
-            store,
-            with_kv=config.mode != "none",
-            shuffle_seed=config.seed if config.shuffle_kv else None,
-        ),
-        _batches(store, train, config),
-        lambda module: evaluate_tokens(module, eval_data, held_out.tolist(), layer_map)[0],
-    )
-    trainer.add_callback(MetricsFile(run.metrics))
-    setup_seconds = time.perf_counter() - start
+    parts = _build(config, store, run, resolved)
+    setup_done = time.perf_counter()
+    checkpoint = run.last_checkpoint()
     with progress or progress_bar() as bar:
-        trainer.add_callback(TrainingProgress(bar, run_dir.name))
-        checkpoint = run.last_checkpoint()
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    train_seconds = time.perf_counter() - start - setup_seconds
-    metrics = _final_metrics(distiller, tokenizer, eval_data, held_out.tolist(), layer_map, config, run)
-    _save(distiller, tokenizer, run)
-    total = time.perf_counter() - start
+        parts.trainer.add_callback(TrainingProgress(bar, run_dir.name))
+        parts.trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    train_done = time.perf_counter()
+    metrics = _final_metrics(parts, store, config, run)
+    _save(parts, run)
     record = {
         "name": run_dir.name,
         "config": config.to_dict(),
         "store": {"path": str(store_path), "manifest": store.manifest.hash},
-        "steps": trainer.state.global_step,
+        "steps": parts.trainer.state.global_step,
         "resumed_from": checkpoint.name if checkpoint else None,
-        "tokens_per_epoch": int(store.length[train].sum()),
-        "parameters": _parameter_counts(distiller),
+        "parameters": {"student": _trainable(parts.distiller.student), "aligner": _trainable(parts.distiller.aligner)},
         "metrics": metrics,
-        "collapsed": trainer.monitor.collapsed,
-        "seconds": {
-            "setup": setup_seconds,
-            "train": train_seconds - trainer.eval_seconds,
-            "data_wait": trainer.data_wait_seconds,
-            "evaluation": trainer.eval_seconds + total - setup_seconds - train_seconds,
-            "total": total,
-        },
-        "data_wait_share": trainer.data_wait_seconds / max(train_seconds - trainer.eval_seconds, 1e-9),
+        "collapsed": parts.trainer.monitor.collapsed,
+        **_costs(parts.trainer, started, setup_done, train_done),
         "peak_memory_bytes": _peak_memory(resolved),
         "teacher_forwards": teacher_forwards(),
-        "pairing": pairing,
+        "pairing": parts.pairing,
         "device": str(resolved),
-        "versions": {name: version(name) for name in ("kvpipe", "torch", "transformers", "zarr", "numpy")}
-        | {"python": platform.python_version()},
+        "versions": _versions(),
     }
     run.finish(record)
     return record
 
 
-def _indices(store: KVStore, config: DistillConfig) -> NDArray[np.int64]:
+@dataclass(frozen=True)
+class _Parts:
+    """What a run is made of."""
+
+    distiller: KVDistiller
+    tokenizer: PreTrainedTokenizerBase
+    trainer: DistillTrainer
+    held_out: list[int]
+    evaluate: Callable[[KVDistiller], tuple[dict[str, float], list[float]]]
+    pairing: dict[str, str]
+
+
+def _build(config: DistillConfig, store: KVStore, run: RunDirectory, device: torch.device) -> _Parts:
+    tokenizer = tokenizer_from_files(store.tokenizer_files())
+    student = load_student(config.student, vocab_size=len(tokenizer), random_init=config.random_init, seed=config.seed)
+    _check_tokenizer(config, student, len(tokenizer), store)
+    train, held_out = _train_indices(store, config), store.indices(config.eval_split).tolist()
+    batches = ShuffledBatches(train, store.length, config.batch_size, config.seed, store.layout.samples)
+    # What two runs must share to be compared as a pair.
+    pairing = {
+        "student_init": hash_weights(student.state_dict().items())[:16],
+        "data_order": hash_json(list(batches))[:16],
+        "eval_samples": hash_json(held_out)[:16],
+    }
+    layer_map = ratio_map(student.config.get_text_config(decoder=True).num_hidden_layers, store.geometry.num_layers)
+    distiller = KVDistiller(student, _build_aligner(config, store, student, layer_map, train), config.kv_weight)
+    eval_data = KVDataset(store, with_kv=True)
+
+    def evaluate(module: KVDistiller) -> tuple[dict[str, float], list[float]]:
+        return evaluate_tokens(module, eval_data, held_out, layer_map)
+
+    shuffle_seed = config.seed if config.shuffle_kv else None
+    data = KVDataset(store, with_kv=config.mode != "none", shuffle_seed=shuffle_seed)
+    arguments = _arguments(config, run, device)
+    trainer = DistillTrainer(distiller, arguments, config, data, batches, lambda module: evaluate(module)[0])
+    trainer.add_callback(MetricsFile(run.metrics))
+    return _Parts(distiller, tokenizer, trainer, held_out, evaluate, pairing)
+
+
+def _train_indices(store: KVStore, config: DistillConfig) -> NDArray[np.int64]:
     train = store.indices("train")
     if config.samples is not None and config.samples > len(train):
         raise ConfigError(
@@ -217,63 +227,55 @@ def _arguments(config: DistillConfig, run: RunDirectory, device: torch.device) -
     )
 
 
-def _batches(store: KVStore, train: NDArray[np.int64], config: DistillConfig) -> ShuffledBatches:
-    return ShuffledBatches(train, store.length, config.batch_size, config.seed, store.layout.samples)
-
-
-def _pairing(
-    store: KVStore,
-    student: PreTrainedModel,
-    train: NDArray[np.int64],
-    held_out: NDArray[np.int64],
-    config: DistillConfig,
-) -> dict[str, str]:
-    """What two runs must share to be compared as a pair: hashes of the initial student, of the data order and
-    of the evaluation samples."""
-    return {
-        "student_init": hash_weights(student.state_dict().items())[:16],
-        "data_order": hash_json(list(_batches(store, train, config)))[:16],
-        "eval_samples": hash_json(held_out.tolist())[:16],
-    }
-
-
-def _final_metrics(
-    distiller: KVDistiller,
-    tokenizer: PreTrainedTokenizerBase,
-    dataset: KVDataset,
-    held_out: Sequence[int],
-    layer_map: Sequence[int],
-    config: DistillConfig,
-    run: RunDirectory,
-) -> dict[str, float | None]:
+def _final_metrics(parts: _Parts, store: KVStore, config: DistillConfig, run: RunDirectory) -> dict[str, float | None]:
     """Everything on the held-out split, generation included; each sample goes to `predictions.jsonl`."""
-    tokens, sample_ce = evaluate_tokens(distiller, dataset, held_out, layer_map)
-    answers = evaluate_answers(distiller.student, tokenizer, dataset.store, held_out, config.max_new_tokens)
+    tokens, sample_ce = parts.evaluate(parts.distiller)
+    student = parts.distiller.student
+    answers = evaluate_answers(student, parts.tokenizer, store, parts.held_out, config.max_new_tokens)
     lines = []
-    for index, ce in zip(held_out, sample_ce, strict=True):
+    for index, ce in zip(parts.held_out, sample_ce, strict=True):
         text, exact = answers.get(index, (None, None))
-        line = {"id": dataset.store.records[index]["id"], "ce": ce, "generated": text, "exact": exact}
-        lines.append(json.dumps(line))
-    write_atomic(run.path / "predictions.jsonl", ("\n".join(lines) + "\n").encode())
+        line = {"id": store.records[index]["id"], "ce": ce, "generated": text, "exact": exact}
+        lines.append(f"{json.dumps(line)}\n")
+    write_atomic(run.path / "predictions.jsonl", "".join(lines).encode())
     exact_match = sum(exact for _, exact in answers.values()) / len(answers) if answers else None
     return {**tokens, "exact_match": exact_match}
 
 
-def _save(distiller: KVDistiller, tokenizer: PreTrainedTokenizerBase, run: RunDirectory) -> None:
-    student = distiller.student
+def _save(parts: _Parts, run: RunDirectory) -> None:
+    """The student as `from_pretrained` reads it, with its tokenizer, and the aligner beside it."""
+    student, tokenizer, aligner = parts.distiller.student, parts.tokenizer, parts.distiller.aligner
     student.generation_config.eos_token_id = tokenizer.eos_token_id
     student.generation_config.pad_token_id = tokenizer.pad_token_id
     student.save_pretrained(run.student)
     tokenizer.save_pretrained(run.student)
-    if distiller.aligner is not None:
-        distiller.aligner.save(run.path)
+    if aligner is not None:
+        aligner.save(run.path)
 
 
-def _parameter_counts(distiller: KVDistiller) -> dict[str, int]:
-    def count(module: torch.nn.Module | None) -> int:
-        return sum(p.numel() for p in module.parameters() if p.requires_grad) if module is not None else 0
+def _trainable(module: torch.nn.Module | None) -> int:
+    return sum(p.numel() for p in module.parameters() if p.requires_grad) if module is not None else 0
 
-    return {"student": count(distiller.student), "aligner": count(distiller.aligner)}
+
+def _costs(trainer: DistillTrainer, started: float, setup_done: float, train_done: float) -> dict[str, Any]:
+    """Seconds by part. `train` is the loop without evaluations; `data_wait` is the part of it spent on batches."""
+    done = time.perf_counter()
+    train = train_done - setup_done - trainer.eval_seconds
+    return {
+        "seconds": {
+            "setup": setup_done - started,
+            "train": train,
+            "data_wait": trainer.data_wait_seconds,
+            "evaluation": trainer.eval_seconds + done - train_done,
+            "total": done - started,
+        },
+        "data_wait_share": trainer.data_wait_seconds / train,
+    }
+
+
+def _versions() -> dict[str, str]:
+    packages = ("kvpipe", "torch", "transformers", "zarr", "numpy")
+    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
 
 
 def _peak_memory(device: torch.device) -> int:
