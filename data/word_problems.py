@@ -18,8 +18,8 @@ from .sample import Sample
 # How many of every ten problems fall to each split, by the hash of the prompt.
 SPLIT_SHARES = {"train": 8, "validation": 1, "test": 1}
 
-LARGEST_RESULT = 120
-_LARGEST_TERM = 40
+LARGEST_RESULT = 99
+_LARGEST_TERM = 20
 _FACTORS = range(2, 10)
 _STEP_WEIGHTS = {1: 36, 2: 32, 3: 20, 4: 12}
 
@@ -123,7 +123,7 @@ class _Story:
 
     def open_packed(self) -> None:
         """Start with some packs of things: the first step is a multiplication."""
-        packs, size = self._rng.choice(_FACTORS), self._rng.randint(2, 12)
+        packs, size = self._rng.choice(_FACTORS), self._rng.randint(2, 11)
         self._say(self._rng.choice(_PACKED_OPENINGS), m=packs, n=size)
         self._calculate(packs, "*", size, packs * size)
 

@@ -84,9 +84,7 @@ def test_some_stories_are_handed_to_another_person(samples: list[Sample]) -> Non
 
 
 def test_a_comparison_asks_for_the_one_compared(samples: list[Sample]) -> None:
-    comparison = re.compile(
-        r".*\. (\w+) has \d+ (?:more|fewer|times as many) (?:than|as) \w+\. How many(.*)\?"
-    )
+    comparison = re.compile(r".*\. (\w+) has \d+ (?:more|fewer|times as many) (?:than|as) \w+\. How many(.*)\?")
     matches = [match for s in samples if (match := comparison.fullmatch(s.prompt))]
     assert matches
     assert all(match[1] in match[2].split() for match in matches)
@@ -115,13 +113,10 @@ def test_seeds_give_different_problems(samples: list[Sample]) -> None:
 @pytest.mark.parametrize("hash_seed", ["0", "12345"])
 def test_another_process_generates_the_same(samples: list[Sample], hash_seed: str) -> None:
     program = (
-        "from kvpipe.data.word_problems import generate\n"
-        "for sample in generate('train', 100): print(repr(sample.text))"
+        "from kvpipe.data.word_problems import generate\nfor sample in generate('train', 100): print(repr(sample.text))"
     )
     environment = {**os.environ, "PYTHONHASHSEED": hash_seed}
-    run = subprocess.run(
-        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
-    )
+    run = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
     assert run.stdout.splitlines() == [repr(s.text) for s in samples[:100]]
 
 
