@@ -31,7 +31,8 @@ def load_corpus(dataset: str, num_train: int | None, num_held_out: int, seed: in
     """Read a data set into train, validation and test.
 
     `num_train` limits the training split (None: 4000 built-in problems, or all of a file); each of the other
-    two has at most `num_held_out` samples. Raises DataError for what is missing, empty or malformed.
+    two has `num_held_out` samples at most, or more where samples share a prompt. Raises DataError for what is
+    missing, empty or malformed.
     """
     if (num_train is not None and num_train < 1) or num_held_out < 1:
         found = num_held_out if num_train is None or num_train >= 1 else num_train
@@ -61,7 +62,7 @@ def read_jsonl(path: Path) -> list[Sample]:
 def _parse_line(line: str, where: str, default_id: str) -> Sample:
     try:
         row = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: expected a JSON object, found {line.strip()[:40]!r} ({error})") from error
     return parse_row(row, where, default_id)
 

@@ -52,8 +52,8 @@ def _with_segments(
     sample: Sample, ids: list[int], spans: list[tuple[int, int]], eos_token_id: int | None, max_tokens: int
 ) -> TokenizedSample:
     if eos_token_id is not None and (not ids or ids[-1] != eos_token_id):
-        end = len(sample.text)
-        ids, spans = [*ids, eos_token_id], [*spans, (end, end)]
+        ids, spans = [*ids, eos_token_id], [*spans, (0, 0)]
+    spans = _place_special_tokens(spans)
     segments = [segment for segment, _ in sample.parts()]
     ends = list(accumulate(len(part) for _, part in sample.parts()))
     # A token belongs to the segment of its first character; a closing special token to the last segment.
@@ -65,6 +65,16 @@ def _with_segments(
         spans=np.asarray(spans[:max_tokens], dtype=np.int32).reshape(-1, 2),
         truncated=len(ids) > max_tokens,
     )
+
+
+def _place_special_tokens(spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Special tokens come with the span (0, 0), also at the end: give them the place where they stand."""
+    placed: list[tuple[int, int]] = []
+    reached = 0
+    for start, end in spans:
+        reached = max(reached, end)
+        placed.append((start, end) if start < end else (reached, reached))
+    return placed
 
 
 def prompt_ids(sample: TokenizedSample) -> NDArray[np.int32]:

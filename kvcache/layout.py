@@ -46,8 +46,11 @@ def layer_pairs(past_key_values: Cache | Iterable[tuple[Any, Any]]) -> list[tupl
 
     Raises ModelError where the layers do not share one shape: no tensor `[L, 2, B, H, T, D]` holds them.
     """
+    pairs: list[tuple[Any, Any]]
     if isinstance(past_key_values, Cache):
-        pairs = [(layer.keys, layer.values) for layer in past_key_values.layers]
+        # Linear-attention layers have no such attributes at all.
+        layers = past_key_values.layers
+        pairs = [(getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in layers]
     else:
         pairs = [(torch.as_tensor(key), torch.as_tensor(value)) for key, value in past_key_values]
     shapes = [tuple(tensor.shape) if tensor is not None else None for pair in pairs for tensor in pair]

@@ -135,7 +135,7 @@ def hash_config(config: PreTrainedConfig) -> str:
     return hash_json(_without(config.to_dict(), volatile))
 
 
-def _without(document: Mapping[str, Any], names: set[str]) -> dict[str, Any]:
+def _without(document: Mapping[Any, Any], names: set[str]) -> dict[Any, Any]:
     """A nested document without some names, at every depth."""
     return {
         name: _without(value, names) if isinstance(value, Mapping) else value

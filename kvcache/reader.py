@@ -34,9 +34,11 @@ class KVReader:
     """
 
     def __init__(self, store: KVStore) -> None:
+        self._shards: OrderedDict[int, _OpenShard] = OrderedDict()
+        # Reused for every sample: fresh pages cost more than the bytes that go into them.
+        self._buffer = np.empty(0, np.uint8)
         store.require_complete()
         self.store = store
-        self._shards: OrderedDict[int, _OpenShard] = OrderedDict()
 
     def read(self, indices: Sequence[int], num_tokens: int | None = None) -> KV:
         """KV `[L, 2, B, H, T, D]` of the samples at `indices`, in the store's logical dtype.
@@ -68,7 +70,10 @@ class KVReader:
             shard = self._open(number)
             entries = shard.index[row, :blocks]
             start, stop = int(entries[0, 0]), int(entries[-1].sum())
-            data = _read_range(shard.descriptor, start, stop, limit=blocks * layout.record_bytes)
+            limit = blocks * layout.record_bytes
+            if len(self._buffer) < limit:
+                self._buffer = np.empty(limit, np.uint8)
+            data = _read_range(shard.descriptor, start, stop, self._buffer[:limit])
             read_sample(data, layout, entries - np.array([start, 0]), shard.checksums[row, :blocks], out)
         except (ValueError, OverflowError, FileNotFoundError) as error:
             raise StoreError(
@@ -89,7 +94,7 @@ class KVReader:
         descriptor = os.open(self.store.shard_path(number), os.O_RDONLY)
         try:
             size, index_bytes = os.fstat(descriptor).st_size, self.store.layout.index_bytes
-            tail = _read_range(descriptor, max(size - index_bytes, 0), size, limit=index_bytes)
+            tail = _read_range(descriptor, max(size - index_bytes, 0), size, np.empty(index_bytes, np.uint8))
             index = read_index(tail, self.store.layout)
         except BaseException:
             os.close(descriptor)
@@ -98,11 +103,11 @@ class KVReader:
         return self._shards[number]
 
 
-def _read_range(descriptor: int, start: int, stop: int, limit: int) -> NDArray[np.uint8]:
-    """Bytes `start:stop` of a file. Raises ValueError for a range that is not `0..limit` bytes of it."""
-    if start < 0 or not 0 <= stop - start <= limit:
-        raise ValueError(f"a range of {stop - start} bytes where at most {limit} belong")
-    data = np.empty(stop - start, np.uint8)
+def _read_range(descriptor: int, start: int, stop: int, buffer: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Bytes `start:stop` of a file, in `buffer`. Raises ValueError for a range it cannot hold or the file has not."""
+    if start < 0 or not 0 <= stop - start <= len(buffer):
+        raise ValueError(f"a range of {stop - start} bytes where at most {len(buffer)} belong")
+    data = buffer[: stop - start]
     done = 0
     while done < len(data):
         count = os.preadv(descriptor, [data.data[done:]], start + done)

@@ -10,7 +10,9 @@ as one contiguous range; zarr-python and tensorstore read the same files (tests/
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import google_crc32c
@@ -33,20 +35,20 @@ class ShardLayout:
     blocks: int
     dtype: np.dtype[Any]
 
-    @property
+    @cached_property
     def chunk_shape(self) -> tuple[int, int, int, int, int, int]:
         return (self.num_layers, 2, 1, self.num_kv_heads, self.block, self.head_dim)
 
-    @property
+    @cached_property
     def chunk_bytes(self) -> int:
-        return int(np.prod(self.chunk_shape)) * self.dtype.itemsize
+        return math.prod(self.chunk_shape) * self.dtype.itemsize
 
-    @property
+    @cached_property
     def record_bytes(self) -> int:
         """A chunk with its checksum."""
         return self.chunk_bytes + CRC_BYTES
 
-    @property
+    @cached_property
     def index_bytes(self) -> int:
         return self.samples * self.blocks * 16 + CRC_BYTES
 

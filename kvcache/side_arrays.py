@@ -33,10 +33,12 @@ def add_array(group: zarr.Group, name: str, data: NDArray[Any], dimension_names:
     array[...] = data
 
 
-def read_array(group: zarr.Group, name: str) -> NDArray[Any]:
-    """A whole array. Raises StoreError where it, or one of its chunks, is missing or damaged."""
+def read_array(group: zarr.Group, name: str, rows: int | None = None) -> NDArray[Any]:
+    """A whole array, of `rows` rows if given. Raises StoreError where any of it is missing or damaged."""
     try:
         array = open_array(group, name)
+        if rows is not None and array.shape[0] != rows:
+            raise ValueError(f"{array.shape[0]} rows instead of {rows}")
         if array.nchunks_initialized != array.nchunks:
             raise ValueError(f"{array.nchunks - array.nchunks_initialized} of {array.nchunks} chunks are missing")
         return np.asarray(array[...])

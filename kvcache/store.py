@@ -74,12 +74,13 @@ class KVStore:
         self.kvpipe_version: str = attributes["kvpipe_version"]
         self.truncated: int = attributes["truncated_samples"]
         self.split_names: tuple[str, ...] = tuple(map(str, attributes["split_names"]))
+        self._tokenizer_names: list[str] = list(map(str, attributes["tokenizer_files"]))
         kv = open_array(group, "kv")
         self.shape = kv.shape
         self.dtype = LOGICAL_DTYPES[str(kv.attrs["logical_dtype"])]
         num_layers, _, self.num_samples, num_kv_heads, max_length, head_dim = kv.shape
         self.geometry = KVGeometry(num_layers, num_kv_heads, head_dim, self.dtype)
-        if kv.shards is None or kv.dtype != STORAGE_DTYPES[self.dtype]:
+        if not kv.shards or 0 in kv.shards or kv.dtype != STORAGE_DTYPES[self.dtype]:
             raise ValueError(f"kv is not a sharded array of {attributes['manifest']['dtype']}")
         self.layout = ShardLayout(
             num_layers=num_layers,
@@ -173,17 +174,17 @@ class KVStore:
     @cached_property
     def length(self) -> NDArray[np.int32]:
         """Tokens of every sample `[B]`."""
-        return np.asarray(read_array(self.group, "length"), dtype=np.int32)
+        return np.asarray(read_array(self.group, "length", self.num_samples), dtype=np.int32)
 
     @cached_property
     def input_ids(self) -> NDArray[np.int32]:
         """Token ids `[B, T]`, zeros past a sample's length."""
-        return np.asarray(read_array(self.group, "input_ids"), dtype=np.int32)
+        return np.asarray(read_array(self.group, "input_ids", self.num_samples), dtype=np.int32)
 
     @cached_property
     def segment_ids(self) -> NDArray[np.int8]:
         """Segment of every token `[B, T]`, -1 past a sample's length."""
-        return np.asarray(read_array(self.group, "segment_ids"), dtype=np.int8)
+        return np.asarray(read_array(self.group, "segment_ids", self.num_samples), dtype=np.int8)
 
     @cached_property
     def records(self) -> list[dict[str, Any]]:
@@ -200,13 +201,12 @@ class KVStore:
                 found=split,
                 remedy="Name a split that is in the store",
             )
-        split_ids = np.asarray(read_array(self.group, "split"))
+        split_ids = read_array(self.group, "split", self.num_samples)
         return np.flatnonzero(split_ids == self.split_names.index(split))
 
     def tokenizer_files(self) -> dict[str, bytes]:
         """The tokenizer's files, by name: enough to rebuild it without the teacher."""
-        names: list[str] = self.group.attrs[ATTRIBUTE]["tokenizer_files"]
-        return {name: read_array(self.group, f"tokenizer/{name}").tobytes() for name in names}
+        return {name: read_array(self.group, f"tokenizer/{name}").tobytes() for name in self._tokenizer_names}
 
     def summary(self) -> dict[str, Any]:
         """What `kvpipe inspect` shows, as JSON types."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args, get_type_hints
@@ -11,6 +12,9 @@ from ..kvcache.errors import ConfigError
 
 DistillMode = Literal["structured", "flat", "none"]
 OnCollapse = Literal["stop", "warn"]
+
+MAX_SEED = 2**32
+"""What NumPy's generator takes."""
 
 
 @dataclass(frozen=True)
@@ -40,9 +44,9 @@ class DistillConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, allowed in _CHOICES.items():
-            if getattr(self, name) not in allowed:
-                raise _refuse(name, " or ".join(allowed), getattr(self, name))
+        for name in ("kv_weight", "learning_rate", "aligner_learning_rate", "weight_decay", "epochs"):
+            if not math.isfinite(getattr(self, name) or 0):
+                raise _refuse(name, "a finite number", getattr(self, name))
         for name in ("learning_rate", "batch_size", "epochs", "max_new_tokens"):
             if not getattr(self, name) > 0:
                 raise _refuse(name, "more than 0", getattr(self, name))
@@ -52,9 +56,13 @@ class DistillConfig:
             raise _refuse("samples", "at least 1", self.samples)
         if self.max_steps == 0 or self.max_steps < -1:
             raise _refuse("max_steps", "at least 1, or -1 for no limit", self.max_steps)
-        for name in ("kv_weight", "weight_decay", "warmup_ratio"):
+        for name in ("kv_weight", "weight_decay"):
             if not getattr(self, name) >= 0:
                 raise _refuse(name, "0 or more", getattr(self, name))
+        if not 0 <= self.warmup_ratio < 1:
+            raise _refuse("warmup_ratio", "0 or more, and less than 1", self.warmup_ratio)
+        if not 0 <= self.seed < MAX_SEED:
+            raise _refuse("seed", "0 or more, and less than 2**32", self.seed)
         if self.mode == "none" and self.shuffle_kv:
             raise _refuse("shuffle_kv", "a mode that uses KV", "mode none")
 
@@ -89,41 +97,34 @@ class DistillConfig:
     @classmethod
     def from_mapping(cls, document: Mapping[str, Any], where: str) -> DistillConfig:
         """A config from TOML or JSON. Raises ConfigError naming `where` and the field that is wrong."""
-        hints = get_type_hints(cls)
-        known = [field.name for field in fields(cls)]
-        for name, value in document.items():
-            if name not in known:
-                raise ConfigError(
-                    f"{where} has an unknown field", expected=", ".join(known), found=name, remedy="Mend its name"
-                )
-            if not _fits(value, hints[name]):
-                raise ConfigError(
-                    f"{where}: {name} has the wrong type",
-                    expected=getattr(hints[name], "__name__", str(hints[name])),
-                    found=repr(value),
-                    remedy="Mend its value",
-                )
-        return cls(**document)
+        options = parse_fields(document, get_type_hints(cls), where)
+        try:
+            return cls(**options)
+        except ConfigError as error:
+            error.args = (f"{where}: {error}",)
+            raise
 
 
-def _fits(value: Any, hint: Any) -> bool:
-    if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    if isinstance(hint, type):
-        return isinstance(value, hint)
-    options = get_args(hint)
-    if all(isinstance(option, str) for option in options):
-        return isinstance(value, str)  # __post_init__ names the choices
-    return any(_fits(value, option) for option in options)
+def parse_fields(document: Mapping[str, Any], hints: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The document with every value as `hints` types it: a type, a union of types, or a Literal of words.
 
-
-_CHOICES: dict[str, tuple[str, ...]] = {
-    "mode": get_args(DistillMode),
-    "direction": get_args(Direction),
-    "on_collapse": get_args(OnCollapse),
-}
+    Raises ConfigError naming `where` and the field that is unknown or does not fit.
+    """
+    parsed = {}
+    for name, value in document.items():
+        if name not in hints:
+            raise ConfigError(
+                f"{where} has an unknown field", expected=", ".join(hints), found=name, remedy="Mend its name"
+            )
+        options = (hints[name],) if isinstance(hints[name], type) else get_args(hints[name])
+        whole = type(value) is int and float in options and int not in options
+        parsed[name] = float(value) if whole else value
+        if not any(parsed[name] == option or type(parsed[name]) is option for option in options):
+            shown = (option if isinstance(option, str) else option.__name__ for option in options)
+            raise ConfigError(
+                f"{where}: {name}", expected=" or ".join(shown), found=repr(value), remedy="Mend its value"
+            )
+    return parsed
 
 
 def _refuse(name: str, expected: str, found: object) -> ConfigError:

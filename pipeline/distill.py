@@ -22,15 +22,16 @@ from ..data.batching import ShuffledBatches
 from ..kvcache.align.aligner import Aligner, AlignerConfig
 from ..kvcache.align.head_projection import KVSpace
 from ..kvcache.align.layer_map import ratio_map
-from ..kvcache.errors import ConfigError, StoreError
+from ..kvcache.errors import StoreError
 from ..kvcache.files import write_atomic
-from ..kvcache.manifest import hash_json, hash_tokenizer, hash_weights
+from ..kvcache.manifest import hash_json, hash_weights
 from ..kvcache.store import KVStore
 from .callbacks import MetricsFile, TrainingProgress
+from .compatibility import require_learnable, require_same_tokenizer, train_indices
 from .config import DistillConfig
 from .distiller import KVDistiller
 from .evaluate import evaluate_answers, evaluate_tokens
-from .models import load_student, load_tokenizer, resolve_device, starts_random, teacher_forwards, tokenizer_from_files
+from .models import load_student, resolve_device, teacher_forwards, tokenizer_from_files
 from .progress import progress_bar
 from .run_directory import RunDirectory, run_identity
 from .trainer import DistillTrainer
@@ -70,16 +71,19 @@ def distill(
     resolved = resolve_device(device)
     store = KVStore.open(store_path)
     store.require_complete()
-    run = RunDirectory(run_dir)
-    run.claim(run_identity(config, store), overwrite=overwrite)
-    if (record := run.record) is not None:
+    run, identity = RunDirectory(run_dir), run_identity(config, store)
+    run.require_free(identity, overwrite=overwrite)
+    if not overwrite and (record := run.record) is not None:
         return record
-    parts = _build(config, store, run, resolved)
+    parts = _build(config, store)
+    # Only now, when nothing the user can mend stands in the way, does the folder change.
+    run.claim(identity, overwrite=overwrite)
+    trainer = _trainer(parts, config, run, resolved)
     setup_done = time.perf_counter()
     checkpoint = run.last_checkpoint()
     with progress or progress_bar() as bar:
-        parts.trainer.add_callback(TrainingProgress(bar, run_dir.name))
-        parts.trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        trainer.add_callback(TrainingProgress(bar, run_dir.name))
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     train_done = time.perf_counter()
     metrics = _final_metrics(parts, store, config, run)
     _save(parts, run)
@@ -87,12 +91,12 @@ def distill(
         "name": run_dir.name,
         "config": config.to_dict(),
         "store": {"path": str(store_path), "manifest": store.manifest.hash},
-        "steps": parts.trainer.state.global_step,
+        "steps": trainer.state.global_step,
         "resumed_from": checkpoint.name if checkpoint else None,
         "parameters": {"student": _trainable(parts.distiller.student), "aligner": _trainable(parts.distiller.aligner)},
         "metrics": metrics,
-        "collapsed": parts.trainer.monitor.collapsed,
-        **_costs(parts.trainer, started, setup_done, train_done),
+        "collapsed": trainer.monitor.collapsed,
+        **_costs(trainer, started, setup_done, train_done),
         "peak_memory_bytes": _peak_memory(resolved),
         "teacher_forwards": teacher_forwards(),
         "pairing": parts.pairing,
@@ -109,17 +113,20 @@ class _Parts:
 
     distiller: KVDistiller
     tokenizer: PreTrainedTokenizerBase
-    trainer: DistillTrainer
+    data: KVDataset
+    batches: ShuffledBatches
     held_out: list[int]
     evaluate: Callable[[KVDistiller], tuple[dict[str, float], list[float]]]
     pairing: dict[str, str]
 
 
-def _build(config: DistillConfig, store: KVStore, run: RunDirectory, device: torch.device) -> _Parts:
+def _build(config: DistillConfig, store: KVStore) -> _Parts:
     tokenizer = tokenizer_from_files(store.tokenizer_files())
     student = load_student(config.student, vocab_size=len(tokenizer), random_init=config.random_init, seed=config.seed)
-    _check_tokenizer(config, student, len(tokenizer), store)
-    train, held_out = _train_indices(store, config), store.indices(config.eval_split).tolist()
+    require_same_tokenizer(config, student, len(tokenizer), store)
+    train, held_out = train_indices(store, config), store.indices(config.eval_split).tolist()
+    for split, indices in (("train", train), (config.eval_split, held_out)):
+        require_learnable(store, split, indices)
     batches = ShuffledBatches(train, store.length, config.batch_size, config.seed, store.layout.samples)
     # What two runs must share to be compared as a pair.
     pairing = {
@@ -136,41 +143,20 @@ def _build(config: DistillConfig, store: KVStore, run: RunDirectory, device: tor
 
     shuffle_seed = config.seed if config.shuffle_kv else None
     data = KVDataset(store, with_kv=config.mode != "none", shuffle_seed=shuffle_seed)
-    arguments = _arguments(config, run, device)
-    trainer = DistillTrainer(distiller, arguments, config, data, batches, lambda module: evaluate(module)[0])
+    return _Parts(distiller, tokenizer, data, batches, held_out, evaluate, pairing)
+
+
+def _trainer(parts: _Parts, config: DistillConfig, run: RunDirectory, device: torch.device) -> DistillTrainer:
+    trainer = DistillTrainer(
+        parts.distiller,
+        _arguments(config, run, device),
+        config,
+        parts.data,
+        parts.batches,
+        lambda distiller: parts.evaluate(distiller)[0],
+    )
     trainer.add_callback(MetricsFile(run.metrics))
-    return _Parts(distiller, tokenizer, trainer, held_out, evaluate, pairing)
-
-
-def _train_indices(store: KVStore, config: DistillConfig) -> NDArray[np.int64]:
-    train = store.indices("train")
-    if config.samples is not None and config.samples > len(train):
-        raise ConfigError(
-            "the store has fewer training samples",
-            expected=f"at most {len(train)}",
-            found=config.samples,
-            remedy="Lower --samples, or extract more",
-        )
-    return train[: config.samples]
-
-
-def _check_tokenizer(config: DistillConfig, student: PreTrainedModel, num_tokens: int, store: KVStore) -> None:
-    """A student must read the very tokens that the teacher read. One that starts at random learns them anew."""
-    if starts_random(config.student, config.random_init):
-        return
-    remedy = "Choose a student with the teacher's tokenizer, or start it afresh with --random-init"
-    own = hash_tokenizer(load_tokenizer(config.student, option="--student"))
-    if own != store.manifest.tokenizer_hash:
-        raise StoreError(
-            f"{store.path} was extracted with another tokenizer than the student's",
-            expected=own[:16],
-            found=store.manifest.tokenizer_hash[:16],
-            remedy=remedy,
-        )
-    if (vocabulary := student.get_input_embeddings().num_embeddings) < num_tokens:
-        raise StoreError(
-            "the student's vocabulary is too small", expected=f"at least {num_tokens}", found=vocabulary, remedy=remedy
-        )
+    return trainer
 
 
 def _build_aligner(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 
 import torch
@@ -161,8 +162,21 @@ def _continue_greedily(
     generation = GenerationConfig(
         do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=tokenizer.eos_token_id, pad_token_id=pad
     )
-    output = model.generate(ids.to(model.device), attention_mask=mask.to(model.device), generation_config=generation)
+    with _without_own_defaults(model):
+        output = model.generate(
+            ids.to(model.device), attention_mask=mask.to(model.device), generation_config=generation
+        )
     return tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
+
+
+@contextmanager
+def _without_own_defaults(model: PreTrainedModel) -> Iterator[None]:
+    """`generate` fills what it is not told from the model's own config: a repetition penalty is not greedy."""
+    own, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 def evaluate_answers(

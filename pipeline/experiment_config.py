@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from ..kvcache.errors import ConfigError
-from .config import DistillConfig
+from .config import MAX_SEED, DistillConfig, parse_fields
 from .extract import ExtractConfig, default_store
 
 
@@ -35,79 +36,95 @@ class ExperimentConfig:
 def load_experiment(path: Path) -> ExperimentConfig:
     """Parse an experiment file. Raises ConfigError naming the file and the key that is wrong."""
     try:
-        document = tomllib.loads(path.read_text())
+        document = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ConfigError(
             f"no experiment file at {path}", expected="a .toml file", found="nothing", remedy="Name one that is there"
         ) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not TOML", expected="TOML", found=error, remedy="Mend the file") from error
-    _require_keys(document, {f.name for f in fields(ExperimentConfig)} | {"base"}, str(path))
-    arms = {
-        name: DistillConfig.from_mapping({**document.get("base", {}), **overrides}, f"{path}: arms.{name}")
-        for name, overrides in _table(document, "arms", path).items()
-    }
-    seeds = document["seeds"]
-    if (
-        not isinstance(seeds, list)
-        or not seeds
-        or not all(isinstance(s, int) for s in seeds)
-        or len(set(seeds)) < len(seeds)
-    ):
-        raise ConfigError(
-            f"{path}: seeds", expected="a list of different whole numbers", found=seeds, remedy="Mend seeds"
-        )
+    _require_keys(document, path)
+    arms = _arms(document, path)
     return ExperimentConfig(
-        name=str(document["name"]),
-        primary_metric=str(document["primary_metric"]),
-        seeds=tuple(seeds),
+        name=_name(document["name"], "name", path),
+        primary_metric=_name(document["primary_metric"], "primary_metric", path),
+        seeds=_seeds(document["seeds"], path),
         extract=_extract_config(_table(document, "extract", path), path),
         arms=arms,
-        comparisons=tuple(_comparison(entry, arms, path) for entry in document["comparisons"]),
+        comparisons=_comparisons(document["comparisons"], arms, path),
     )
 
 
-def _require_keys(document: Mapping[str, Any], known: set[str], where: str) -> None:
-    unknown, missing = sorted(set(document) - known), sorted(known - {"base"} - set(document))
+def _require_keys(document: Mapping[str, Any], path: Path) -> None:
+    required = {field.name for field in fields(ExperimentConfig)}
+    unknown, missing = sorted(document.keys() - required - {"base"}), sorted(required - document.keys())
     if unknown or missing:
         raise ConfigError(
-            f"{where}: {'unknown' if unknown else 'missing'} key",
-            expected=", ".join(sorted(known)),
+            f"{path}: {'unknown' if unknown else 'missing'} key",
+            expected=", ".join(sorted(required | {"base"})),
             found=", ".join(unknown) if unknown else f"no {', '.join(missing)}",
             remedy="Mend the file",
         )
 
 
+def _refuse(path: Path, key: str, expected: str, found: object) -> ConfigError:
+    return ConfigError(f"{path}: {key}", expected=expected, found=found, remedy="Mend the file")
+
+
 def _table(document: Mapping[str, Any], key: str, path: Path) -> dict[str, Any]:
-    table = document.get(key)
+    table = document[key]
     if not isinstance(table, dict) or not table:
-        raise ConfigError(f"{path}: {key}", expected="a table with entries", found=table, remedy="Mend the file")
+        raise _refuse(path, key, "a table with entries", table)
     return table
 
 
+def _name(name: Any, key: str, path: Path) -> str:
+    """Names become folders and table cells."""
+    if not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]*", name):
+        raise _refuse(path, key, "letters, digits, dots, dashes and underscores", repr(name))
+    return name
+
+
+def _arms(document: Mapping[str, Any], path: Path) -> dict[str, DistillConfig]:
+    base = _table(document, "base", path) if "base" in document else {}
+    arms = {}
+    for name, overrides in _table(document, "arms", path).items():
+        key = f"arms.{_name(name, 'arms', path)}"
+        if not isinstance(overrides, dict):
+            raise _refuse(path, key, "a table", repr(overrides))
+        if "seed" in {**base, **overrides}:
+            raise _refuse(path, key, "no seed of its own: seeds are listed at the top", "seed")
+        arms[name] = DistillConfig.from_mapping({**base, **overrides}, f"{path}: {key}")
+    return arms
+
+
+def _seeds(seeds: Any, path: Path) -> tuple[int, ...]:
+    whole = isinstance(seeds, list) and all(type(seed) is int and 0 <= seed < MAX_SEED for seed in seeds)
+    if not whole or not seeds or len(set(seeds)) < len(seeds):
+        raise _refuse(path, "seeds", "a list of different whole numbers, 0 or more", seeds)
+    return tuple(seeds)
+
+
 def _extract_config(table: dict[str, Any], path: Path) -> ExtractConfig:
-    known = {field.name for field in fields(ExtractConfig)}
-    if "model" not in table or not set(table) <= known:
-        raise ConfigError(
-            f"{path}: extract",
-            expected=f"model, and any of {', '.join(sorted(known))}",
-            found=", ".join(table),
-            remedy="Mend the file",
-        )
-    store = Path(table["store"]) if "store" in table else default_store(table["model"])
-    return ExtractConfig(**{**table, "store": store})
+    if "model" not in table:
+        raise _refuse(path, "extract", "a model", ", ".join(table))
+    options = parse_fields(table, {**get_type_hints(ExtractConfig), "store": str}, f"{path}: extract")
+    store = Path(options["store"]) if "store" in options else default_store(options["model"])
+    return ExtractConfig(**{**options, "store": store})
+
+
+def _comparisons(entries: Any, arms: Mapping[str, DistillConfig], path: Path) -> tuple[tuple[str, str], ...]:
+    if not isinstance(entries, list) or not entries:
+        raise _refuse(path, "comparisons", "a list of tables with arm and control", entries)
+    return tuple(_comparison(entry, arms, path) for entry in entries)
 
 
 def _comparison(entry: Any, arms: Mapping[str, DistillConfig], path: Path) -> tuple[str, str]:
-    found = tuple(entry.get(key) for key in ("arm", "control")) if isinstance(entry, dict) else (None, None)
-    if not all(name in arms for name in found):
-        raise ConfigError(
-            f"{path}: comparisons",
-            expected=f"arm and control from {', '.join(arms)}",
-            found=entry,
-            remedy="Mend the file",
-        )
-    return str(found[0]), str(found[1])
+    known = isinstance(entry, dict) and entry.keys() == {"arm", "control"}
+    pair = [name for name in arms if name in entry.values()] if known else []
+    if len(pair) != 2:
+        raise _refuse(path, "comparisons", f"a different arm and control from {', '.join(arms)}", entry)
+    return entry["arm"], entry["control"]
 
 
 def _with_seed(config: DistillConfig, seed: int) -> DistillConfig:

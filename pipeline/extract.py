@@ -21,6 +21,7 @@ from ..data.sample import Segment
 from ..data.tokenize import TokenizedSample, tokenize
 from ..kvcache.capture import CaptureCache
 from ..kvcache.errors import ConfigError, StoreError
+from ..kvcache.files import PARTIAL
 from ..kvcache.layout import dtype_name, layer_pairs
 from ..kvcache.manifest import (
     SCHEMA_VERSION,
@@ -164,6 +165,9 @@ def _open_or_create(
     if config.store.exists():
         store = KVStore.open(config.store)
         manifest.require_same(store.manifest, str(config.store))
+        # A process that was killed while Zarr wrote the attributes leaves its temporary file.
+        for orphan in config.store.glob(f"zarr.*{PARTIAL}"):
+            orphan.unlink()
         return store
     geometry = _probe(teacher, tokens[0])
     table = _sample_table(corpus, tokens)
@@ -190,12 +194,19 @@ def _probe(teacher: PreTrainedModel, sample: TokenizedSample) -> KVGeometry:
 
 def _require_space(path: Path, needed: int) -> None:
     existing = next(parent for parent in path.absolute().parents if parent.exists())
+    if not existing.is_dir():
+        raise StoreError(
+            f"{path} cannot be a store",
+            expected="folders on the way there",
+            found=f"the file {existing}",
+            remedy="Place it elsewhere with --store",
+        )
     free = shutil.disk_usage(existing).free
     if free < needed:
         raise StoreError(
             f"not enough space for {path}",
-            expected=f"{needed / 1e9:.2f} GB",
-            found=f"{free / 1e9:.2f} GB free",
+            expected=f"{needed / 1e6:,.1f} MB",
+            found=f"{free / 1e6:,.1f} MB free",
             remedy="Free some, place it elsewhere with --store, or extract fewer --samples",
         )
 
@@ -221,8 +232,8 @@ def _sample_table(corpus: Corpus, tokens: list[TokenizedSample]) -> SampleTable:
     return table
 
 
-def _batches(store: KVStore, config: ExtractConfig, device: torch.device) -> Iterator[list[int]]:
-    """The batches that fill the missing shards.
+def plan_batches(store: KVStore, config: ExtractConfig, device: torch.device, missing: set[int]) -> Iterator[list[int]]:
+    """The batches that fill the `missing` shards.
 
     A batch's samples depend on the store's lengths and the batch size alone, never on what is already
     written: a resumed extraction repeats the very same forwards, so it ends with the very same bytes.
@@ -230,7 +241,6 @@ def _batches(store: KVStore, config: ExtractConfig, device: torch.device) -> Ite
     max_tokens = AUTO_BATCH_TOKENS[device.type]
     mean_batch = config.batch_size or max(1, max_tokens // int(store.length.mean()))
     window = max(1, -(-WINDOW_BATCHES * mean_batch // store.layout.samples))
-    missing = set(range(store.num_shards)) - store.finished_shards()
     for first in range(0, store.num_shards, window):
         last = min(first + window, store.num_shards) - 1
         samples = range(store.shard_samples(first).start, store.shard_samples(last).stop)
@@ -242,22 +252,25 @@ def _batches(store: KVStore, config: ExtractConfig, device: torch.device) -> Ite
 @torch.inference_mode()
 def _fill(store: KVStore, teacher: PreTrainedModel, config: ExtractConfig, progress: Progress) -> ExtractReport:
     missing = set(range(store.num_shards)) - store.finished_shards()
-    batches = list(_batches(store, config, teacher.device))
+    batches = list(plan_batches(store, config, teacher.device, missing))
     total = int(sum(store.length[i] for batch in batches for i in batch))
     task = progress.add_task(f"extract {config.store.name}", total=total, status="")
     start, tokens = time.perf_counter(), 0
-    with ShardWriter(store, missing) as writer:
-        for batch in batches:
-            length = torch.from_numpy(store.length[batch])
-            width = int(length.max())
-            ids = torch.from_numpy(store.input_ids[batch, :width].astype(np.int64)).to(teacher.device)
-            mask = (torch.arange(width)[None] < length[:, None]).long().to(teacher.device)
-            writer.put(batch, capture_kv(teacher, ids, mask))
-            tokens += int(length.sum())
-            progress.update(task, completed=tokens, status=_status(writer, tokens, time.perf_counter() - start))
-    seconds = time.perf_counter() - start
-    if batches:
-        store.add_extraction(seconds, tokens, str(teacher.device))
+    try:
+        with ShardWriter(store, missing) as writer:
+            for batch in batches:
+                length = torch.from_numpy(store.length[batch])
+                width = int(length.max())
+                ids = torch.from_numpy(store.input_ids[batch, :width].astype(np.int64)).to(teacher.device)
+                mask = (torch.arange(width)[None] < length[:, None]).long().to(teacher.device)
+                writer.put(batch, capture_kv(teacher, ids, mask))
+                tokens += int(length.sum())
+                progress.update(task, completed=tokens, status=_status(writer, tokens, time.perf_counter() - start))
+    finally:
+        # An interrupted run has cost the teacher's time as well.
+        seconds = time.perf_counter() - start
+        if tokens:
+            store.add_extraction(seconds, tokens, str(teacher.device))
     return ExtractReport(store, seconds, tokens, writer.bytes_written, writer.wait_seconds)
 
 

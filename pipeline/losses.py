@@ -13,12 +13,13 @@ IGNORED = -100
 def next_token_loss(logits: Float[Tensor, "B T V"], labels: Int[Tensor, "B T"], reduction: str = "mean") -> Tensor:
     """Cross-entropy of each labelled token given the tokens before it, in nats.
 
-    `reduction="none"` gives `[B, T-1]`, zero where the label is ignored.
+    `reduction="none"` gives `[B, T-1]`, zero where the label is ignored. A batch in which every label is
+    ignored (prompts cut before their end) has a mean of zero.
     """
-    flat = F.cross_entropy(
-        logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=IGNORED, reduction=reduction
-    )
-    return flat.view(labels.shape[0], -1) if reduction == "none" else flat
+    losses = F.cross_entropy(
+        logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=IGNORED, reduction="none"
+    ).view(labels.shape[0], -1)
+    return losses if reduction == "none" else losses.sum() / (labels[:, 1:] != IGNORED).sum().clamp_min(1)
 
 
 def kv_mse(

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import constants, get_session
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -82,7 +83,16 @@ def load_tokenizer(
 ) -> PreTrainedTokenizerBase:
     """The tokenizer of a model. Raises ModelError, blaming `option`, where it cannot be found."""
     source = {"revision": revision, "trust_remote_code": trust_remote_code}
-    return _load(AutoTokenizer.from_pretrained, model, "tokenizer of model", option, **source)
+    tokenizer = _load(AutoTokenizer.from_pretrained, model, "tokenizer of model", option, **source)
+    if tokenizer.get_vocab().keys() <= set(tokenizer.all_special_tokens):
+        # transformers makes an empty tokenizer where the files of a known architecture are missing.
+        raise ModelError(
+            f"the tokenizer of model {model!r} knows no words",
+            expected="a vocabulary",
+            found="special tokens only",
+            remedy=f"Put the tokenizer's files beside the model's, or mend {option}",
+        )
+    return tokenizer
 
 
 def load_teacher(
@@ -103,7 +113,7 @@ def load_teacher(
 def _load(loader: Callable[..., Any], name: str, kind: str, option: str, **options: Any) -> Any:
     try:
         return loader(locate(name), local_files_only=_is_offline(name), **options)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
         if Path(locate(name)).exists():
             raise ModelError(f"cannot load the {kind} {name!r}: {reason}", remedy=f"Mend {option}") from error

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 from jaxtyping import Float, Int
@@ -56,6 +58,16 @@ class CollapseMonitor:
         self.latest = target_health(target, mask)
         self.initial = self.initial or self.latest
         return self.latest
+
+    def save(self, folder: Path) -> None:
+        """Write `monitor.json`: a resumed run is still held against its start."""
+        initial = asdict(self.initial) if self.initial is not None else None
+        (folder / "monitor.json").write_text(json.dumps(initial))
+
+    def load(self, folder: Path) -> None:
+        """Put back what `save` wrote."""
+        initial = json.loads((folder / "monitor.json").read_text())
+        self.initial = TargetHealth(**initial) if initial is not None else None
 
     def error(self) -> CollapseError:
         """What happened, for the user. Only after `collapsed`."""

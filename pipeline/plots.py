@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from itertools import cycle
 from typing import Any
 
 import matplotlib as mpl
@@ -29,11 +30,14 @@ STYLE = {
     "legend.frameon": False,
 }
 
+NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+"""Neither a date, which would change every report, nor links."""
+
 
 def learning_curves(results: Results) -> str:
     """Held-out cross-entropy by step: the mean of each arm's seeds, and their range."""
     figure, axes = _figure(6.4, 3.6)
-    for arm, colour in zip(results.arms(), COLOURS, strict=False):
+    for arm, colour in zip(results.arms(), cycle(COLOURS), strict=False):
         curves = [run.curve for run in results.runs if run.arm == arm and run.curve]
         length = min(map(len, curves), default=0)
         if length == 0:
@@ -44,7 +48,8 @@ def learning_curves(results: Results) -> str:
         axes.fill_between(steps, values.min(0), values.max(0), color=colour, alpha=0.15, linewidth=0)
     axes.set_xlabel("training step")
     axes.set_ylabel("held-out cross-entropy (nats)")
-    axes.legend()
+    if axes.lines:
+        axes.legend()
     return _svg(figure)
 
 
@@ -89,5 +94,5 @@ def _figure(width: float, height: float) -> tuple[Figure, Any]:
 def _svg(figure: Figure) -> str:
     text = io.StringIO()
     with mpl.rc_context(STYLE):
-        figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
+        figure.savefig(text, format="svg", transparent=True, metadata=NO_METADATA)
     return text.getvalue()[text.getvalue().index("<svg") :]

@@ -24,7 +24,7 @@ def write_report(results: Results, folder: Path) -> Path:
     }
     environment = Environment(
         loader=PackageLoader("kvpipe.pipeline", "templates"),
-        autoescape=select_autoescape(["html"]),
+        autoescape=select_autoescape(["html.jinja"]),
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -59,6 +60,7 @@ class Results:
     comparisons: dict[str, list[Comparison]]
     savings: Savings
     store: dict[str, Any]
+    commands: dict[str, str]
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -92,6 +94,10 @@ def collect(config: ExperimentConfig, outcome: ExperimentRuns, runs_dir: Path) -
         comparisons={metric: _compare_all(config, runs, metric) for metric in metrics},
         savings=_savings(runs, store),
         store=store.summary(),
+        commands={
+            arm: shlex.join(["kvpipe", "distill", "--store", str(store.path), *recipe.flags()])
+            for arm, recipe in config.arms.items()
+        },
     )
 
 

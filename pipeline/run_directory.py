@@ -34,21 +34,37 @@ class RunDirectory:
         return _read(self.path / "run.json")
 
     def claim(self, identity: dict[str, Any], *, overwrite: bool) -> None:
-        """Take the folder for a run. Raises ConfigError, naming the field, where it holds a different one."""
-        if overwrite:
-            shutil.rmtree(self.path, ignore_errors=True)
-        found = _read(self.path / "config.json")
-        if found is None:
+        """Take the folder for a run. With `overwrite` the run in it goes first."""
+        self.require_free(identity, overwrite=overwrite)
+        if overwrite and self.path.exists():
+            shutil.rmtree(self.path)
+        write_atomic(self.path / "config.json", _pretty(identity))
+
+    def require_free(self, identity: dict[str, Any], *, overwrite: bool) -> None:
+        """Raise ConfigError where the folder is not a run's or, without `overwrite`, a different run's: then the
+        error names the field."""
+        if not self._holds_run():
             if self.path.is_dir() and any(self.path.iterdir()):
                 raise ConfigError(
                     f"{self.path} is not a run directory",
-                    expected="an empty folder, or one with config.json",
+                    expected="an empty folder, or one with a run's config.json",
                     found="other files",
                     remedy="Choose another --output-dir",
                 )
-            write_atomic(self.path / "config.json", _pretty(identity))
-            return
-        expected_fields, found_fields = flatten(identity), flatten(found)
+        elif not overwrite:
+            self._require_same(identity)
+
+    def _holds_run(self) -> bool:
+        """A model's folder has a config.json too, and must never be overwritten."""
+        try:
+            return json.loads((self.path / "config.json").read_text()).keys() == {"config", "store"}
+        except (FileNotFoundError, NotADirectoryError, AttributeError):
+            return False
+        except json.JSONDecodeError:
+            return True
+
+    def _require_same(self, identity: dict[str, Any]) -> None:
+        expected_fields, found_fields = flatten(identity), flatten(_read(self.path / "config.json") or {})
         for name in sorted(expected_fields.keys() | found_fields.keys()):
             if expected_fields.get(name) != found_fields.get(name):
                 raise ConfigError(

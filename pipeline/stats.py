@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -15,6 +16,9 @@ Verdict = Literal["better", "worse", "inconclusive", "no verdict"]
 ALPHA = 0.05
 MIN_SEEDS = 6
 """With fewer paired seeds no sign-based test can reach ALPHA (5 seeds: 0.0625): numbers, no verdict."""
+
+ROUNDING = 1e-12
+"""A spread below this share of the mean is float64's, not the seeds'."""
 
 LOWER_IS_BETTER = {"ce", "ce_auc", "nmse_key", "nmse_value"}
 
@@ -46,15 +50,15 @@ def compare(
 ) -> Comparison:
     """Paired t-test over the seeds that both arms finished; Cohen's d_z as the effect size.
 
-    With fewer than two seeds, or where every seed gives the same difference, the test has nothing to say:
-    its numbers are NaN.
+    With fewer than two seeds, or where every seed gives the same difference (but for rounding), the test has
+    nothing to say: its numbers are NaN.
     """
     seeds = tuple(sorted(arm_scores.keys() & control_scores.keys()))
     differences = np.array([arm_scores[s] - control_scores[s] for s in seeds])
     mean = float(differences.mean()) if len(seeds) else float("nan")
     spread = float(differences.std(ddof=1)) if len(seeds) > 1 else 0.0
     low = high = p_value = effect = float("nan")
-    if spread > 0:
+    if spread > ROUNDING * abs(mean):
         test = stats.ttest_1samp(differences, 0.0)
         interval = test.confidence_interval(1 - ALPHA)
         low, high, p_value = float(interval.low), float(interval.high), float(test.pvalue)
@@ -90,7 +94,7 @@ def adjust(comparisons: Sequence[Comparison]) -> list[Comparison]:
 
 
 def _verdict(comparison: Comparison, p_adjusted: float) -> Verdict:
-    if comparison.num_seeds < MIN_SEEDS:
+    if comparison.num_seeds < MIN_SEEDS or math.isnan(p_adjusted):
         return "no verdict"
     if not p_adjusted < ALPHA:
         return "inconclusive"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal, Self
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Shaped
@@ -84,7 +84,7 @@ class Aligner(nn.Module):
         (folder / "aligner.json").write_text(json.dumps(asdict(self.config), indent=2) + "\n")
 
     @classmethod
-    def load(cls, folder: Path) -> Self:
+    def load(cls, folder: Path) -> Aligner:
         """The aligner that `save` wrote into `folder`."""
         document = json.loads((folder / "aligner.json").read_text())
         sides = {side: KVSpace(**document[side]) for side in ("student", "teacher")}

@@ -1,0 +1,62 @@
+"""Extraction wall over the bare teacher forward, over the very same batches. Aim: <= 1.10."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from kvpipe.kvcache.store import KVStore
+from kvpipe.pipeline.extract import ExtractConfig, extract, plan_batches
+from kvpipe.pipeline.models import load_teacher, resolve_device, resolve_dtype
+from side_by_side import HEADER, Ratio, alternate, quiet, ratio
+
+SAMPLES, RUNS = 600, 5
+
+
+def measure(model: str = "qwen", device: str = "auto", dtype: str = "auto", runs: int = RUNS) -> Ratio:
+    """The ratio for one teacher on one device."""
+    with tempfile.TemporaryDirectory() as folder:
+        config = ExtractConfig(
+            model, Path(folder) / "bench.zarr", samples=SAMPLES, eval_samples=8, device=device, dtype=dtype
+        )
+        rounds = alternate({"extract": _extraction(config), "forward": _bare_forward(config)}, runs)
+    return ratio(f"extraction / bare forward ({Path(model).name}, {dtype})", rounds, "extract", "forward", aim=1.10)
+
+
+def _extraction(config: ExtractConfig) -> Callable[[], float]:
+    def run() -> float:
+        shutil.rmtree(config.store, ignore_errors=True)
+        return extract(config, quiet()).seconds
+
+    return run
+
+
+def _bare_forward(config: ExtractConfig) -> Callable[[], float]:
+    device = resolve_device(config.device)
+    teacher = load_teacher(config.model, dtype=resolve_dtype(config.dtype), device=device)
+
+    @torch.inference_mode()
+    def run() -> float:
+        store = KVStore.open(config.store)
+        everything = plan_batches(store, config, device, missing=set(range(store.num_shards)))
+        start = time.perf_counter()
+        for batch in everything:
+            length = torch.from_numpy(store.length[batch])
+            width = int(length.max())
+            ids = torch.from_numpy(store.input_ids[batch, :width].astype(np.int64)).to(device)
+            mask = (torch.arange(width)[None] < length[:, None]).long().to(device)
+            teacher.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - start
+
+    return run
+
+
+if __name__ == "__main__":
+    print(HEADER, measure().row, sep="\n")  # noqa: T201

@@ -1,0 +1,51 @@
+"""Extraction on a GPU: wall over bare forward for Qwen2.5-0.5B- and 7B-shaped teachers with random weights.
+
+`python benchmarks/gpu.py` needs a CUDA device and about 40 GB of it for the larger shape. Aim: <= 1.10.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import extraction
+import torch
+from kvpipe.pipeline.models import load_tokenizer
+from side_by_side import HEADER
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+SHAPES = {
+    "qwen2.5-0.5b-shape": Qwen2Config(
+        vocab_size=151936,
+        hidden_size=896,
+        intermediate_size=4864,
+        num_hidden_layers=24,
+        num_attention_heads=14,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+    ),
+    "qwen2.5-7b-shape": Qwen2Config(
+        vocab_size=152064,
+        hidden_size=3584,
+        intermediate_size=18944,
+        num_hidden_layers=28,
+        num_attention_heads=28,
+        num_key_value_heads=4,
+        tie_word_embeddings=False,
+    ),
+}
+
+
+def main() -> None:
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}\n\n{HEADER}")  # noqa: T201
+    for name, config in SHAPES.items():
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / name
+            with torch.device("cuda"):
+                Qwen2ForCausalLM._from_config(config, dtype=torch.bfloat16).save_pretrained(path)
+            load_tokenizer("qwen").save_pretrained(path)
+            print(extraction.measure(str(path), device="cuda").row, flush=True)  # noqa: T201
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,60 @@
+"""Whether a recipe, its store and its student fit together: asked before anything is written."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from transformers import PreTrainedModel
+
+from ..data.sample import Segment
+from ..kvcache.errors import ConfigError, StoreError
+from ..kvcache.manifest import hash_tokenizer
+from ..kvcache.store import KVStore
+from .config import DistillConfig
+from .models import load_tokenizer, starts_random
+
+
+def train_indices(store: KVStore, config: DistillConfig) -> NDArray[np.int64]:
+    """Positions of the training samples that a recipe uses. Raises ConfigError where the store has fewer."""
+    train = store.indices("train")
+    if config.samples is not None and config.samples > len(train):
+        raise ConfigError(
+            "the store has fewer training samples",
+            expected=f"at most {len(train)}",
+            found=config.samples,
+            remedy="Lower --samples, or extract more",
+        )
+    return train[: config.samples]
+
+
+def require_learnable(store: KVStore, split: str, indices: Sequence[int] | NDArray[np.int64]) -> None:
+    """Raise StoreError for samples that are all prompt, as short --max-tokens leave them: no token has a loss."""
+    if not (store.segment_ids[np.asarray(indices)] > Segment.PROMPT).any():
+        raise StoreError(
+            f"the {split} samples of {store.path} have nothing to learn",
+            expected="tokens of reasoning or answers",
+            found=f"prompts only, cut at {store.manifest.max_tokens} tokens",
+            remedy="Extract again with more --max-tokens, or from samples with answers",
+        )
+
+
+def require_same_tokenizer(config: DistillConfig, student: PreTrainedModel, num_tokens: int, store: KVStore) -> None:
+    """A student must read the very tokens that the teacher read: else StoreError. One that starts at random
+    learns them anew."""
+    if starts_random(config.student, config.random_init):
+        return
+    remedy = "Choose a student with the teacher's tokenizer, or start it afresh with --random-init"
+    own = hash_tokenizer(load_tokenizer(config.student, option="--student"))
+    if own != store.manifest.tokenizer_hash:
+        raise StoreError(
+            f"{store.path} was extracted with another tokenizer than the student's",
+            expected=own[:16],
+            found=store.manifest.tokenizer_hash[:16],
+            remedy=remedy,
+        )
+    if (vocabulary := student.get_input_embeddings().num_embeddings) < num_tokens:
+        raise StoreError(
+            "the student's vocabulary is too small", expected=f"at least {num_tokens}", found=vocabulary, remedy=remedy
+        )

@@ -1,0 +1,62 @@
+"""One run in a process of its own, with its share of the cores and its output in a log."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+from functools import cache
+from multiprocessing.context import ForkServerContext
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import torch
+
+from ..data.errors import DataError
+from ..kvcache.errors import KVPipeError
+from .config import DistillConfig
+from .distill import distill
+
+
+class RunProcess:
+    """A started `distill`. `poll` tells when it is over; `said` is the last line of its log."""
+
+    def __init__(self, config: DistillConfig, store: Path, run_dir: Path, *, device: str, threads: int) -> None:
+        self._log = run_dir.with_name(f"{run_dir.name}.log")
+        self._log.parent.mkdir(parents=True, exist_ok=True)
+        arguments = (config, store, run_dir, device, threads, self._log)
+        self._process: BaseProcess = _context().Process(target=_run, args=arguments, daemon=True)
+        self._process.start()
+
+    def poll(self) -> int | None:
+        """The exit code, or None while it runs."""
+        return self._process.exitcode
+
+    def stop(self) -> None:
+        """End it now; it can be resumed from its last checkpoint."""
+        self._process.terminate()
+        self._process.join()
+
+    @property
+    def said(self) -> str:
+        lines = self._log.read_text(errors="replace").strip().splitlines()
+        return lines[-1] if lines else f"exit code {self.poll()} without a word"
+
+
+@cache
+def _context() -> ForkServerContext:
+    """Runs are forked from a server that has the imports done and has started nothing else: no threads, no GPU."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    return context
+
+
+def _run(config: DistillConfig, store: Path, run_dir: Path, device: str, threads: int, log: Path) -> None:
+    with log.open("wb") as output:
+        os.dup2(output.fileno(), 1)
+        os.dup2(output.fileno(), 2)
+    torch.set_num_threads(threads)
+    try:
+        distill(config, store, run_dir, device=device)
+    except (KVPipeError, DataError) as error:
+        sys.exit(f"{type(error).__name__}: {error}")

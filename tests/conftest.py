@@ -1,0 +1,194 @@
+"""Fixtures for all tests. Shape and type annotations of kvpipe are checked here, and only here."""
+
+from __future__ import annotations
+
+import os
+
+# Before the libraries are imported, and for the processes that tests start.
+os.environ.update(
+    HF_HUB_OFFLINE="1",
+    TRANSFORMERS_OFFLINE="1",
+    HF_DATASETS_OFFLINE="1",
+    HF_HUB_DISABLE_TELEMETRY="1",
+    HF_HUB_DISABLE_PROGRESS_BARS="1",
+    TOKENIZERS_PARALLELISM="false",
+    OMP_NUM_THREADS="1",
+    MPLBACKEND="Agg",
+)
+
+from collections.abc import Callable, Sequence
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from hypothesis import settings
+from jaxtyping import install_import_hook
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+install_import_hook("kvpipe", "beartype.beartype")
+
+# Only now: the hook sees the modules that are imported after it.
+from kvpipe.kvcache.manifest import DatasetIdentity, Manifest, TeacherIdentity  # noqa: E402
+from kvpipe.kvcache.store import TOKEN_BLOCK, KVGeometry, KVStore, SampleTable  # noqa: E402
+from kvpipe.kvcache.writer import ShardWriter  # noqa: E402
+
+torch.set_num_threads(1)
+settings.register_profile("kvpipe", deadline=None, derandomize=True, max_examples=25, database=None)
+settings.load_profile("kvpipe")
+
+_SIZES: dict[str, Any] = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+_MULTI_HEAD = {name: value for name, value in _SIZES.items() if name != "num_key_value_heads"}
+_MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
+
+TINY_CONFIGS: dict[str, PreTrainedConfig] = {
+    "gpt2": transformers.GPT2Config(
+        vocab_size=64, n_embd=32, n_layer=3, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=2
+    ),
+    "llama": transformers.LlamaConfig(**_SIZES),
+    "qwen2": transformers.Qwen2Config(**_SIZES),
+    "qwen3": transformers.Qwen3Config(**_SIZES, head_dim=16),
+    "mistral": transformers.MistralConfig(**_SIZES, sliding_window=4),
+    "gemma2": transformers.Gemma2Config(**_SIZES, head_dim=16, sliding_window=4),
+    "gemma3": transformers.Gemma3TextConfig(**_SIZES, head_dim=16, sliding_window=4, layer_types=_MIXED),
+    "phi3": transformers.Phi3Config(**_SIZES),
+    "gpt_neox": transformers.GPTNeoXConfig(**_MULTI_HEAD),
+}
+
+
+@pytest.fixture(params=sorted(TINY_CONFIGS))
+def tiny_config(request: pytest.FixtureRequest) -> PreTrainedConfig:
+    """A small configuration of every architecture under test, one after the other."""
+    return deepcopy(TINY_CONFIGS[request.param])
+
+
+@pytest.fixture
+def tiny_model(tiny_config: PreTrainedConfig) -> PreTrainedModel:
+    """A random model of every architecture, in float64 and eval mode."""
+    return _random_model(tiny_config, torch.float64)
+
+
+@pytest.fixture(scope="session")
+def make_tiny_model() -> Callable[..., PreTrainedModel]:
+    """`make_tiny_model("qwen3", dtype=torch.float32)`: a random model of one architecture, in eval mode."""
+
+    def make(architecture: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTrainedModel:
+        return _random_model(deepcopy(TINY_CONFIGS[architecture]), dtype, seed)
+
+    return make
+
+
+def _random_model(config: PreTrainedConfig, dtype: torch.dtype, seed: int = 0) -> PreTrainedModel:
+    torch.manual_seed(seed)
+    return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+
+
+@pytest.fixture(scope="session")
+def make_manifest() -> Callable[..., Manifest]:
+    """`make_manifest(seed=1)`: a manifest with some fields changed."""
+
+    def make(**changes: Any) -> Manifest:
+        fields: dict[str, Any] = {
+            "schema_version": 1,
+            "teacher": TeacherIdentity("tiny", "main", "c0ffee", "facade"),
+            "tokenizer_hash": "decade",
+            "dataset": DatasetIdentity("numbers", 3, "beaded"),
+            "dtype": "bfloat16",
+            "codec": "raw",
+            "layers": (0, 1),
+            "eviction": "none",
+            "key_position": "post-rope",
+            "rope": {"rope_theta": 10000.0, "rope_type": "default"},
+            "max_tokens": 64,
+            "seed": 0,
+        }
+        return Manifest(**{**fields, **changes})
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_store(
+    tmp_path_factory: pytest.TempPathFactory, make_manifest: Callable[..., Manifest]
+) -> Callable[..., tuple[KVStore, Tensor]]:
+    """`store, kv = make_store([5, 40, 33], samples_per_shard=2)`: a store and what is in it.
+
+    `kv` is `[L, 2, B, H, T, D]`, random, zero past a sample's length. With `fill=False` no shard is written.
+    """
+
+    def make(
+        lengths: Sequence[int],
+        *,
+        samples_per_shard: int = 2,
+        dtype: torch.dtype = torch.bfloat16,
+        num_layers: int = 2,
+        num_kv_heads: int = 2,
+        head_dim: int = 4,
+        records: Sequence[dict[str, Any]] | None = None,
+        tokenizer_files: dict[str, bytes] | None = None,
+        fill: bool = True,
+    ) -> tuple[KVStore, Tensor]:
+        geometry = KVGeometry(num_layers, num_kv_heads, head_dim, dtype)
+        blocks = sum(-(-length // TOKEN_BLOCK) for length in lengths)
+        mean_bytes = blocks * TOKEN_BLOCK * geometry.bytes_per_token / len(lengths)
+        store = KVStore.create(
+            tmp_path_factory.mktemp("store") / "tiny.zarr",
+            make_manifest(dtype=str(dtype).removeprefix("torch.")),
+            _sample_table(lengths, records),
+            geometry,
+            tokenizer_files=tokenizer_files or {},
+            truncated=0,
+            shard_bytes=int(samples_per_shard * mean_bytes) + 1,
+        )
+        kv = _random_kv(store)
+        if fill:
+            with ShardWriter(store, range(store.num_shards)) as writer:
+                writer.put(range(len(lengths)), [(key, value) for key, value in kv])
+        return store, kv
+
+    return make
+
+
+def _sample_table(lengths: Sequence[int], records: Sequence[dict[str, Any]] | None) -> SampleTable:
+    num_samples, padded = len(lengths), -(-max(lengths) // TOKEN_BLOCK) * TOKEN_BLOCK
+    real = np.arange(padded)[None] < np.asarray(lengths)[:, None]
+    tokens = np.arange(num_samples * padded, dtype=np.int32).reshape(num_samples, padded)
+    return SampleTable(
+        records=records
+        or [{"id": str(i), "prompt": f"p{i}", "reasoning": "r", "answer": "a"} for i in range(num_samples)],
+        split_names=("train", "test"),
+        split=(np.arange(num_samples) % 2).astype(np.int8),
+        length=np.asarray(lengths, np.int32),
+        input_ids=np.where(real, tokens % 50 + 1, 0).astype(np.int32),
+        segment_ids=np.where(real, 1, -1).astype(np.int8),
+        spans=np.repeat(np.where(real, tokens, 0)[..., None], 2, axis=2).astype(np.int32),
+    )
+
+
+def _random_kv(store: KVStore) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    kv = torch.randn(store.shape, generator=generator).to(store.dtype)
+    for sample, length in enumerate(store.length.tolist()):
+        kv[:, :, sample, :, length:] = 0
+    return kv
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The root of the repository."""
+    return Path(__file__).parent.parent

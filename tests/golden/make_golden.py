@@ -1,0 +1,99 @@
+"""Write the golden store again: `python tests/golden/make_golden.py`.
+
+The files beside this one fix the format on disk. A change in them is a change of the format: it needs a new
+schema version, and readers of the old one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from kvpipe.kvcache.manifest import SCHEMA_VERSION, DatasetIdentity, Manifest, TeacherIdentity
+from kvpipe.kvcache.store import KVGeometry, KVStore, SampleTable
+from kvpipe.kvcache.writer import ShardWriter
+from torch import Tensor
+
+FOLDER = Path(__file__).parent
+LENGTHS = [5, 64, 33]
+LAYERS, HEADS, HEAD_DIM, TOKENS = 2, 2, 4, 64
+RECORDS = [
+    {"id": "golden/0", "prompt": "Tom has 3.", "reasoning": "3+4=7.", "answer": "7"},
+    {"id": "golden/1", "prompt": "naïve \U0001f98a\u2028 text", "reasoning": "", "answer": ""},
+    {"id": "golden/2", "prompt": "half a pair: \ud83e", "reasoning": "r", "answer": "a"},
+]
+TOKENIZER_FILES = {"tokenizer.json": b'{"model": null}\n', "vocab.bin": bytes(range(8))}
+
+
+def golden_kv() -> Tensor:
+    """`[L, 2, B, H, T, D]`: eighths between -16 and 16 that bfloat16 holds exactly, a different run everywhere."""
+    shape = (LAYERS, 2, len(LENGTHS), HEADS, TOKENS, HEAD_DIM)
+    kv = (torch.arange(np.prod(shape)).reshape(shape) * 37 % 251 - 125).float() / 8
+    for sample, length in enumerate(LENGTHS):
+        kv[:, :, sample, :, length:] = 0
+    return kv.bfloat16()
+
+
+def write_golden_store(path: Path) -> KVStore:
+    """The golden store at `path`. The bytes of its `kv` and its `ledger` are the same on every machine."""
+    real = np.arange(TOKENS)[None] < np.array(LENGTHS)[:, None]
+    tokens = np.arange(len(LENGTHS) * TOKENS).reshape(len(LENGTHS), TOKENS)
+    manifest = Manifest(
+        schema_version=SCHEMA_VERSION,
+        teacher=TeacherIdentity("golden", "main", "0" * 64, "1" * 64),
+        tokenizer_hash="2" * 64,
+        dataset=DatasetIdentity("golden", len(LENGTHS), "3" * 64),
+        dtype="bfloat16",
+        codec="raw",
+        layers=(0, 1),
+        eviction="none",
+        key_position="post-rope",
+        rope={"rope_type": "default", "rope_theta": 10000.0},
+        max_tokens=TOKENS,
+        seed=0,
+    )
+    table = SampleTable(
+        records=RECORDS,
+        split_names=("train", "test"),
+        split=np.array([0, 0, 1], np.int8),
+        length=np.array(LENGTHS, np.int32),
+        input_ids=np.where(real, tokens % 97 + 1, 0).astype(np.int32),
+        segment_ids=np.where(real, tokens % 3, -1).astype(np.int8),
+        spans=np.stack([np.where(real, tokens, 0), np.where(real, tokens + 1, 0)], axis=2).astype(np.int32),
+    )
+    geometry = KVGeometry(LAYERS, HEADS, HEAD_DIM, torch.bfloat16)
+    two_samples = 2 * 64 * geometry.bytes_per_token
+    store = KVStore.create(
+        path, manifest, table, geometry, tokenizer_files=TOKENIZER_FILES, truncated=1, shard_bytes=two_samples
+    )
+    kv = golden_kv()
+    with ShardWriter(store, range(store.num_shards)) as writer:
+        writer.put(range(len(LENGTHS)), [(key, value) for key, value in kv])
+    return store
+
+
+def describe(store: KVStore) -> dict[str, Any]:
+    """What `expected.json` says of the store."""
+    raw = sorted(path for name in ("kv", "ledger") for path in (store.path / name / "c").rglob("0") if path.is_file())
+    kv = golden_kv().view(torch.uint16).numpy()
+    return {
+        "shape": list(store.shape),
+        "kv_sha256": hashlib.sha256(kv.astype("<u2").tobytes()).hexdigest(),
+        "manifest_hash": store.manifest.hash,
+        "files": {
+            path.relative_to(store.path).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in raw
+        },
+    }
+
+
+if __name__ == "__main__":
+    target = Path(sys.argv[1]) if len(sys.argv) > 1 else FOLDER
+    shutil.rmtree(target / "store.zarr", ignore_errors=True)
+    description = describe(write_golden_store(target / "store.zarr"))
+    (target / "expected.json").write_text(json.dumps(description, indent=2) + "\n")

@@ -1,0 +1,71 @@
+"""Tokens, text and tokenizer come back whole or not at all: no flipped bit, no missing chunk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorstore
+import zarr
+from kvpipe.kvcache import side_arrays
+from kvpipe.kvcache.errors import StoreError
+from kvpipe.kvcache.side_arrays import add_array, read_array
+from numpy.typing import NDArray
+
+
+def new_group(path: Path) -> zarr.Group:
+    return zarr.create_group(path, zarr_format=3)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        np.arange(24, dtype=np.int32).reshape(4, 3, 2),
+        np.zeros((5, 2), np.int8),
+        np.frombuffer(b"\x00any bytes\xff", np.uint8),
+        np.empty(0, np.uint8),
+    ],
+    ids=["int32", "zeros", "bytes", "empty"],
+)
+def test_arrays_read_back_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: NDArray[np.generic]) -> None:
+    monkeypatch.setattr(side_arrays, "CHUNK_BYTES", 16)  # several chunks
+    names = ("a", "b", "c")[: data.ndim]
+    add_array(new_group(tmp_path), "file.json", data, names)
+    found = read_array(zarr.open_group(tmp_path, mode="r"), "file.json", len(data))
+    assert found.dtype == data.dtype
+    assert np.array_equal(found, data)
+    kvstore = {"driver": "file", "path": str(tmp_path / "file.json")}
+    other = tensorstore.open({"driver": "zarr3", "kvstore": kvstore}).result()
+    assert np.array_equal(other.read().result(), data)
+
+
+@pytest.mark.parametrize("data", [np.arange(40, dtype=np.int32), np.zeros(40, np.int32)], ids=["numbers", "zeros"])
+def test_every_flipped_bit_and_every_missing_chunk_is_seen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: NDArray[np.int32]
+) -> None:
+    monkeypatch.setattr(side_arrays, "CHUNK_BYTES", 80)
+    add_array(new_group(tmp_path), "x", data, ("i",))
+    group = zarr.open_group(tmp_path, mode="r")
+    chunk = tmp_path / "x" / "c" / "1"
+    whole = chunk.read_bytes()
+    damaged = [whole[:i] + bytes([whole[i] ^ 1 << i % 8]) + whole[i + 1 :] for i in range(len(whole))]
+    for content in [*damaged, whole[:-1], b""]:
+        chunk.write_bytes(content)
+        with pytest.raises(StoreError, match=r"x in .* is damaged"):
+            read_array(group, "x")
+    chunk.unlink()
+    with pytest.raises(StoreError, match="1 of 2 chunks are missing"):
+        read_array(group, "x")
+
+
+def test_missing_arrays_groups_and_rows_are_refused(tmp_path: Path) -> None:
+    group = new_group(tmp_path)
+    group.create_group("inner")
+    add_array(group, "x", np.arange(3), ("i",))
+    with pytest.raises(StoreError, match="KeyError"):
+        read_array(group, "nothing")
+    with pytest.raises(StoreError, match="inner is not an array"):
+        read_array(group, "inner")
+    with pytest.raises(StoreError, match="3 rows instead of 4"):
+        read_array(group, "x", 4)

@@ -1,0 +1,168 @@
+"""Batches in any order become whole shards; what fails, fails loudly, and leaves no thread and no half shard."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from kvpipe.kvcache.reader import KVReader
+from kvpipe.kvcache.store import KVStore
+from kvpipe.kvcache.writer import ShardWriter
+from torch import Tensor
+
+MakeStore = Callable[..., tuple[KVStore, Tensor]]
+LENGTHS = [5, 40, 33, 2, 64, 32, 1]
+
+
+def pairs(kv: Tensor, indices: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
+    return [(layer[0, list(indices)], layer[1, list(indices)]) for layer in kv]
+
+
+def writer_threads() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name == "kvpipe-writer"]
+
+
+def files(store: KVStore) -> set[str]:
+    folders = (store.path / "kv" / "c", store.path / "ledger" / "c")
+    return {str(f.relative_to(store.path)) for folder in folders for f in folder.rglob("*") if f.is_file()}
+
+
+def in_the_way(store: KVStore, shard: int) -> Path:
+    """Make a shard impossible to write: a file lies where its folder belongs."""
+    obstacle = store.path / "kv" / "c" / "0" / "0" / str(shard)
+    obstacle.parent.mkdir(parents=True, exist_ok=True)
+    obstacle.write_bytes(b"")
+    return obstacle
+
+
+@given(
+    order=st.permutations(range(len(LENGTHS))), cuts=st.sets(st.integers(1, len(LENGTHS) - 1)), shard=st.integers(1, 4)
+)
+def test_batches_may_come_in_any_order(make_store: MakeStore, order: list[int], cuts: set[int], shard: int) -> None:
+    store, kv = make_store(LENGTHS, samples_per_shard=shard, num_layers=1, num_kv_heads=1, head_dim=2, fill=False)
+    edges = [0, *sorted(cuts), len(order)]
+    with ShardWriter(store, range(store.num_shards), queue_size=1) as writer:
+        for start, stop in pairwise(edges):
+            batch = order[start:stop]
+            longest = max(LENGTHS[i] for i in batch)
+            writer.put(batch, pairs(kv[..., :longest, :], batch))
+    assert store.complete
+    assert writer.shards_written == store.num_shards
+    assert torch.equal(KVReader(store).read(range(len(LENGTHS)), 64), kv)
+
+
+def test_padding_is_not_written(make_store: MakeStore) -> None:
+    store, kv = make_store([5, 40], fill=False)
+    garbage = kv.clone()
+    for sample, length in enumerate([5, 40]):
+        garbage[:, :, sample, :, length:] = float("nan")
+    with ShardWriter(store, [0]) as writer:
+        writer.put([0, 1], pairs(garbage, [0, 1]))
+    assert torch.equal(KVReader(store).read([0, 1], 64), kv)
+
+
+def test_what_was_written_is_counted(make_store: MakeStore) -> None:
+    store, kv = make_store(LENGTHS, fill=False)
+    with ShardWriter(store, range(store.num_shards)) as writer:
+        writer.put(range(len(LENGTHS)), pairs(kv, range(len(LENGTHS))))
+    assert writer.shards_written == 4
+    assert writer.bytes_written == sum(store.shard_path(shard).stat().st_size for shard in range(4))
+    assert writer.wait_seconds >= 0
+
+
+def test_shards_that_are_there_stay_as_they_are(make_store: MakeStore) -> None:
+    store, kv = make_store([5, 40, 33, 2])
+    (store.path / "ledger" / "c" / "1" / "0").unlink()
+    kept = store.shard_path(0)
+    before = kept.read_bytes(), kept.stat().st_mtime_ns
+    with ShardWriter(store, [1]) as writer:
+        writer.put([0, 1, 2, 3], pairs(kv + 1, [0, 1, 2, 3]))
+    assert (kept.read_bytes(), kept.stat().st_mtime_ns) == before
+    assert writer.shards_written == 1
+    read = KVReader(store).read([0, 1, 2, 3], 64)
+    assert torch.equal(read[:, :, :2], kv[:, :, :2])
+    assert torch.equal(read[:, :, 2, :, :33], (kv + 1)[:, :, 2, :, :33])
+
+
+def test_unfinished_shards_are_dropped(make_store: MakeStore) -> None:
+    store, kv = make_store([5, 40, 33, 2], fill=False)
+    with ShardWriter(store, range(2)) as writer:
+        writer.put([0, 3, 1], pairs(kv, [0, 3, 1]))
+    assert store.finished_shards() == {0}
+    assert files(store) == {"kv/c/0/0/0/0/0/0", "ledger/c/0/0"}
+
+
+def test_a_repeated_sample_does_not_finish_a_shard(make_store: MakeStore) -> None:
+    store, kv = make_store([5, 40], fill=False)
+    with ShardWriter(store, [0]) as writer:
+        writer.put([0, 0], pairs(kv, [0, 0]))
+    assert store.finished_shards() == set()
+
+
+def test_a_failure_while_writing_is_raised_as_it_is(make_store: MakeStore) -> None:
+    store, kv = make_store(LENGTHS, samples_per_shard=1, fill=False)
+    in_the_way(store, 2)
+    with pytest.raises(OSError, match="kv/c/0/0/2") as failure, ShardWriter(store, range(7)) as writer:
+        writer.put([0, 1, 2], pairs(kv, [0, 1, 2]))
+    assert isinstance(failure.value, NotADirectoryError | FileExistsError)
+    assert writer_threads() == []
+    assert store.finished_shards() == {0, 1}
+
+
+def test_a_failure_stops_the_next_put_and_never_blocks(make_store: MakeStore) -> None:
+    store, kv = make_store(LENGTHS, samples_per_shard=1, fill=False)
+    in_the_way(store, 0)
+    done: list[int] = []
+
+    def compute() -> None:
+        with ShardWriter(store, range(7), queue_size=1) as writer:
+            for number in range(10_000):
+                writer.put([0], pairs(kv, [0]))
+                done.append(number)
+
+    with pytest.raises(OSError, match="kv/c/0/0/0"):
+        compute()
+    assert len(done) < 10_000
+    assert writer_threads() == []
+    assert store.finished_shards() == set()
+
+
+@pytest.mark.parametrize("wrong", [lambda kv: kv.float(), lambda kv: kv[1:], lambda kv: kv[..., :2]])
+def test_kv_that_does_not_fit_the_store_is_refused(make_store: MakeStore, wrong: Callable[[Tensor], Tensor]) -> None:
+    store, kv = make_store([5, 40], fill=False)
+    with pytest.raises(ValueError, match="does not fit the store"), ShardWriter(store, [0]) as writer:
+        writer.put([0, 1], pairs(wrong(kv), [0, 1]))
+    assert files(store) == set()
+
+
+def test_the_error_of_the_body_goes_first(make_store: MakeStore) -> None:
+    store, kv = make_store([5, 40], samples_per_shard=1, fill=False)
+    in_the_way(store, 0)
+
+    def compute() -> None:
+        with ShardWriter(store, range(2)) as writer:
+            writer.put([0, 1], pairs(kv, [0, 1]))
+            raise RuntimeError("the teacher failed")
+
+    with pytest.raises(RuntimeError, match="the teacher failed"):
+        compute()
+    assert writer_threads() == []
+
+
+def test_a_failed_shard_can_be_written_later(make_store: MakeStore) -> None:
+    store, kv = make_store([5, 40], samples_per_shard=1, fill=False)
+    obstacle = in_the_way(store, 1)
+    with pytest.raises(OSError, match="kv/c/0/0/1"), ShardWriter(store, range(2)) as writer:
+        writer.put([0, 1], pairs(kv, [0, 1]))
+    obstacle.unlink()
+    missing = set(range(2)) - store.finished_shards()
+    with ShardWriter(store, missing) as writer:
+        writer.put([0, 1], pairs(kv, [0, 1]))
+    assert missing == {1}
+    assert torch.equal(KVReader(store).read([0, 1], 64), kv)

@@ -1,0 +1,158 @@
+"""The options of a run: what is refused, and that flags, mappings and the command line agree."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import fields
+from typing import Any
+
+import pytest
+import typer.main
+from hypothesis import given
+from hypothesis import strategies as st
+from kvpipe.cli.app import app
+from kvpipe.kvcache.errors import ConfigError
+from kvpipe.pipeline.config import DistillConfig
+
+POSITIVE = st.floats(1e-12, 1e12)
+NOT_NEGATIVE = st.floats(0, 1e12)
+WORDS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=12)
+
+OPTIONS: dict[str, st.SearchStrategy[Any]] = {
+    "mode": st.sampled_from(["structured", "flat"]),
+    "student": WORDS,
+    "random_init": st.booleans(),
+    "direction": st.sampled_from(["student-to-teacher", "teacher-to-student-joint"]),
+    "share_dim_proj": st.booleans(),
+    "init_uniform": st.booleans(),
+    "shuffle_kv": st.booleans(),
+    "kv_weight": NOT_NEGATIVE,
+    "learning_rate": POSITIVE,
+    "aligner_learning_rate": st.none() | POSITIVE,
+    "weight_decay": NOT_NEGATIVE,
+    "warmup_ratio": st.floats(0, 1, exclude_max=True),
+    "batch_size": st.integers(1, 10**6),
+    "epochs": POSITIVE,
+    "max_steps": st.just(-1) | st.integers(1, 10**9),
+    "samples": st.none() | st.integers(1, 10**9),
+    "eval_split": WORDS,
+    "max_new_tokens": st.integers(1, 10**6),
+    "on_collapse": st.sampled_from(["stop", "warn"]),
+    "bf16": st.booleans(),
+    "seed": st.integers(0, 2**32 - 1),
+}
+
+CONFIGS = st.fixed_dictionaries({}, optional=OPTIONS).map(lambda options: DistillConfig(**options))
+
+
+def parse(flags: list[str]) -> DistillConfig:
+    """What `kvpipe distill` would run with these flags."""
+    command = typer.main.get_command(app).commands["distill"]
+    parameters = command.make_context("distill", list(flags)).params
+    options = {field.name: parameters[field.name] for field in fields(DistillConfig)}
+    return DistillConfig.from_mapping(options, "the command line")
+
+
+def test_the_strategy_knows_every_option() -> None:
+    assert list(OPTIONS) == [field.name for field in fields(DistillConfig)]
+
+
+def test_no_flags_are_the_defaults() -> None:
+    assert DistillConfig().flags() == []
+    assert parse([]) == DistillConfig()
+
+
+@given(CONFIGS)
+def test_flags_bring_the_config_back_through_the_command_line(config: DistillConfig) -> None:
+    assert parse(config.flags()) == config
+
+
+@given(st.sampled_from([{}, {"seed": 3}, {"samples": 5, "epochs": 0.5}]))
+def test_the_control_without_kv_comes_back_too(options: dict[str, Any]) -> None:
+    config = DistillConfig(mode="none", **options)
+    assert parse(config.flags()) == config
+
+
+@given(CONFIGS)
+def test_a_mapping_brings_the_config_back_through_json(config: DistillConfig) -> None:
+    assert DistillConfig.from_mapping(json.loads(json.dumps(config.to_dict())), "a file") == config
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *((name, value) for name in ("learning_rate", "epochs") for value in (0.0, -1.0, math.nan, math.inf)),
+        *((name, value) for name in ("batch_size", "max_new_tokens", "samples") for value in (0, -3)),
+        *((name, value) for name in ("kv_weight", "weight_decay") for value in (-0.1, math.nan, math.inf)),
+        *(("aligner_learning_rate", value) for value in (0.0, -1e-3, math.nan, math.inf)),
+        *(("warmup_ratio", value) for value in (-0.1, 1.0, 20.0, math.nan)),
+        *(("max_steps", value) for value in (0, -2)),
+        *(("seed", value) for value in (-1, 2**32)),
+    ],
+)
+def test_a_value_that_makes_no_sense_is_refused_by_name(name: str, value: object) -> None:
+    with pytest.raises(ConfigError, match=rf"^{name} makes no sense: .* Mend --{name.replace('_', '-')}$"):
+        DistillConfig(**{name: value})
+    with pytest.raises(ConfigError, match=rf"^runs.toml: {name} makes no sense"):
+        DistillConfig.from_mapping({name: value}, "runs.toml")
+
+
+def test_a_shuffled_control_needs_kv_to_shuffle() -> None:
+    with pytest.raises(ConfigError, match="shuffle_kv makes no sense"):
+        DistillConfig(mode="none", shuffle_kv=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("mode", 3, "structured or flat or none"),
+        ("mode", "both", "structured or flat or none"),
+        ("direction", "", "student-to-teacher or teacher-to-student-joint"),
+        ("on_collapse", "ignore", "stop or warn"),
+        ("student", None, "str"),
+        ("random_init", 1, "bool"),
+        ("bf16", "true", "bool"),
+        ("learning_rate", "1e-3", "float"),
+        ("learning_rate", True, "float"),
+        ("epochs", None, "float"),
+        ("batch_size", 2.0, "int"),
+        ("batch_size", True, "int"),
+        ("seed", "0", "int"),
+        ("samples", 1.5, "int or NoneType"),
+        ("samples", False, "int or NoneType"),
+        ("aligner_learning_rate", "auto", "float or NoneType"),
+        ("on_collapse", [], "stop or warn"),
+    ],
+)
+def test_a_value_of_another_type_or_word_is_refused_by_name(name: str, value: object, expected: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        DistillConfig.from_mapping({name: value}, "runs.toml")
+    assert str(caught.value).startswith(f"runs.toml: {name}: expected {expected}, found {value!r}")
+
+
+def test_an_unknown_field_is_refused_by_name() -> None:
+    with pytest.raises(ConfigError, match=r"^runs.toml has an unknown field: .*mode, student.* found leaning_rate"):
+        DistillConfig.from_mapping({"leaning_rate": 1e-3}, "runs.toml")
+
+
+def test_a_whole_number_will_do_for_a_float() -> None:
+    assert DistillConfig.from_mapping({"epochs": 4, "kv_weight": 0}, "runs.toml") == DistillConfig(
+        epochs=4.0, kv_weight=0.0
+    )
+
+
+def test_the_aligner_learns_five_times_as_fast_unless_told() -> None:
+    assert DistillConfig(learning_rate=1e-3).aligner_lr == pytest.approx(5e-3)
+    assert DistillConfig(learning_rate=1e-3, aligner_learning_rate=7e-4).aligner_lr == 7e-4
+
+
+def test_a_runs_name_tells_its_mode_control_and_seed() -> None:
+    assert DistillConfig(seed=4).name == "structured-seed4"
+    assert DistillConfig(mode="flat", shuffle_kv=True).name == "flat-shuffled-seed0"
+
+
+def test_the_command_line_has_an_option_for_every_field_with_the_same_default() -> None:
+    command = typer.main.get_command(app).commands["distill"]
+    defaults = {parameter.name: parameter.default for parameter in command.params}
+    assert {field.name: defaults[field.name] for field in fields(DistillConfig)} == DistillConfig().to_dict()

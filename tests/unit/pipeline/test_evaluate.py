@@ -1,0 +1,256 @@
+"""Evaluation in batches against plain loops over single, unpadded samples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from kvpipe.kvcache.align.aligner import Aligner, AlignerConfig, Mode
+from kvpipe.kvcache.align.head_projection import KVSpace
+from kvpipe.kvcache.store import KVStore
+from kvpipe.pipeline import evaluate
+from kvpipe.pipeline.distiller import KVDistiller
+from kvpipe.pipeline.evaluate import LinearCKA, evaluate_answers, evaluate_tokens, generate_answers, token_features
+from kvpipe.pipeline.training_data import KVDataset, teacher_moments
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
+
+LENGTHS = [9, 33, 4, 20, 12, 5, 26, 11]
+LAYER_MAP = (1, 2)
+TEACHER = KVSpace(2, 4)
+ALL = list(range(len(LENGTHS)))
+
+MakeModel = Callable[..., PreTrainedModel]
+Stored = tuple[KVStore, list[Tensor]]
+
+
+def reference_cka(x: Tensor, y: Tensor) -> float:
+    """Kornblith et al. (2019), equation 3, on all tokens at once."""
+    a, b = (side.double().numpy() - side.double().numpy().mean(0) for side in (x, y))
+    return float(np.linalg.norm(b.T @ a) ** 2 / (np.linalg.norm(a.T @ a) * np.linalg.norm(b.T @ b)))
+
+
+def streamed_cka(x: Tensor, y: Tensor, size: int) -> float:
+    cka = LinearCKA()
+    for part_x, part_y in zip(x.split(size), y.split(size), strict=True):
+        cka.update(part_x, part_y)
+    return cka.value()
+
+
+def related_features(seed: int = 0) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(200, 6, generator=generator) + 5
+    return x, x @ torch.randn(6, 9, generator=generator) + 2 * torch.randn(200, 9, generator=generator) - 3
+
+
+@pytest.mark.parametrize("size", [1, 7, 64, 200])
+def test_streamed_cka_is_that_of_all_tokens_at_once(size: int) -> None:
+    x, y = related_features()
+    expected = reference_cka(x, y)
+    assert 0.1 < expected < 0.95
+    assert streamed_cka(x, y, size) == pytest.approx(expected, rel=1e-9)
+
+
+def test_cka_is_one_for_rotated_scaled_and_shifted_features() -> None:
+    x, _ = related_features()
+    rotation, _ = torch.linalg.qr(torch.randn(6, 6, generator=torch.Generator().manual_seed(1)))
+    assert streamed_cka(x, 3.5 * x @ rotation + 10, 32) == pytest.approx(1, abs=1e-5)
+
+
+def test_cka_of_unrelated_features_is_near_zero() -> None:
+    generator = torch.Generator().manual_seed(2)
+    x, y = torch.randn(5000, 4, generator=generator), torch.randn(5000, 4, generator=generator)
+    assert streamed_cka(x, y, 500) < 0.01
+
+
+def test_cka_of_features_that_never_vary_is_zero() -> None:
+    x, _ = related_features()
+    assert streamed_cka(x, torch.ones(200, 3), 50) == pytest.approx(0, abs=1e-9)
+
+
+def test_token_features_are_the_real_tokens_heads_side_by_side() -> None:
+    kv = torch.arange(2 * 3 * 4 * 5.0).reshape(2, 3, 4, 5)
+    mask = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 0]])
+    expected = [kv[b, :, t].flatten() for b in range(2) for t in range(4) if mask[b, t]]
+    assert torch.equal(token_features(kv, mask), torch.stack(expected))
+
+
+@pytest.fixture
+def stored(make_segmented_store: Callable[..., Stored]) -> Stored:
+    return make_segmented_store(LENGTHS)
+
+
+def make_distiller(student: PreTrainedModel, store: KVStore, mode: Mode | None) -> KVDistiller:
+    if mode is None:
+        return KVDistiller(student, None)
+    config = student.config
+    space = KVSpace(config.num_key_value_heads, config.head_dim)
+    torch.manual_seed(4)
+    aligner = Aligner(AlignerConfig(mode, "student-to-teacher", LAYER_MAP, space, TEACHER))
+    aligner.set_normalisation(*teacher_moments(store, ALL))
+    return KVDistiller(student, aligner)
+
+
+def reference_tokens(student: PreTrainedModel, store: KVStore) -> tuple[list[list[float]], list[list[bool]]]:
+    """Cross-entropy and hit of every learned token, sample by sample, without padding."""
+    losses, hits = [], []
+    for index, length in enumerate(LENGTHS):
+        ids = torch.from_numpy(store.input_ids[index, :length].astype(np.int64))
+        log_probabilities = student(ids[None]).logits[0].double().log_softmax(-1).detach()
+        learned = [t for t in range(1, length) if store.segment_ids[index, t] > 0]
+        losses.append([-log_probabilities[t - 1, ids[t]].item() for t in learned])
+        hits.append([int(log_probabilities[t - 1].argmax()) == int(ids[t]) for t in learned])
+    return losses, hits
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 32])
+@pytest.mark.parametrize("mode", ["flat", None])
+def test_evaluate_tokens_is_a_loop_over_unpadded_samples(
+    stored: Stored, make_model: MakeModel, monkeypatch: pytest.MonkeyPatch, mode: Mode | None, batch_size: int
+) -> None:
+    monkeypatch.setattr(evaluate, "EVAL_BATCH", batch_size)
+    store, _ = stored
+    student = make_model()
+    losses, hits = reference_tokens(student, store)
+    metrics, sample_ce = evaluate_tokens(
+        make_distiller(student, store, mode), KVDataset(store, with_kv=True), ALL, LAYER_MAP
+    )
+    count = sum(map(len, losses))
+    assert metrics["ce"] == pytest.approx(sum(map(sum, losses)) / count, rel=1e-5)
+    assert metrics["token_accuracy"] == pytest.approx(sum(map(sum, hits)) / count)
+    assert sample_ce == pytest.approx([sum(sample) / len(sample) for sample in losses], rel=1e-4)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 32])
+@pytest.mark.parametrize("mode", ["flat", "structured"])
+def test_agreement_of_the_caches_is_a_loop_over_unpadded_samples(
+    stored: Stored, make_model: MakeModel, monkeypatch: pytest.MonkeyPatch, mode: Mode, batch_size: int
+) -> None:
+    monkeypatch.setattr(evaluate, "EVAL_BATCH", batch_size)
+    store, teacher = stored
+    distiller = make_distiller(make_model(), store, mode)
+    metrics, _ = evaluate_tokens(distiller, KVDataset(store, with_kv=True), ALL, LAYER_MAP)
+
+    predictions, targets, students = [], [], []
+    for index, length in enumerate(LENGTHS):
+        ids = torch.from_numpy(store.input_ids[index, :length].astype(np.int64))[None]
+        _, kv = distiller.student_forward(ids, torch.ones_like(ids))
+        prediction, target = distiller.aligner(kv, teacher[index][:, :, None])
+        predictions.append(prediction[:, :, 0].detach().double())
+        targets.append(target[:, :, 0].double())
+        students.append(kv[:, :, 0].detach())
+    prediction, target, student = (torch.cat(parts, dim=3) for parts in (predictions, targets, students))
+    whole_teacher = torch.cat(teacher, dim=3)
+    for kind, name in enumerate(("key", "value")):
+        p, t = prediction[:, kind], target[:, kind]
+        cosine = (p * t).sum(-1) / (p.norm(dim=-1) * t.norm(dim=-1))
+        assert metrics[f"cosine_{name}"] == pytest.approx(cosine.mean().item(), rel=1e-4)
+        assert metrics[f"nmse_{name}"] == pytest.approx((p - t).square().mean().item(), rel=1e-4)
+        cka = [
+            reference_cka(
+                student[layer, kind].transpose(0, 1).flatten(1), whole_teacher[mapped, kind].transpose(0, 1).flatten(1)
+            )
+            for layer, mapped in enumerate(LAYER_MAP)
+        ]
+        assert metrics[f"cka_{name}"] == pytest.approx(np.mean(cka), rel=1e-4)
+
+
+def test_agreement_without_an_aligner_is_cka_alone(stored: Stored, make_model: MakeModel) -> None:
+    store, _ = stored
+    distiller, dataset = make_distiller(make_model(), store, None), KVDataset(store, with_kv=True)
+    metrics, _ = evaluate_tokens(distiller, dataset, ALL, LAYER_MAP)
+    assert set(metrics) == {"ce", "token_accuracy", "cka_key", "cka_value"}
+    without_kv, _ = evaluate_tokens(distiller, KVDataset(store, with_kv=False), ALL, LAYER_MAP)
+    assert without_kv == {name: metrics[name] for name in ("ce", "token_accuracy")}
+
+
+def test_samples_are_reported_in_the_order_asked_for(stored: Stored, make_model: MakeModel) -> None:
+    store, _ = stored
+    distiller, dataset = make_distiller(make_model(), store, None), KVDataset(store, with_kv=False)
+    _, forward = evaluate_tokens(distiller, dataset, [5, 1, 7], LAYER_MAP)
+    _, backward = evaluate_tokens(distiller, dataset, [7, 1, 5], LAYER_MAP)
+    assert forward == pytest.approx(backward[::-1], rel=1e-5)
+
+
+def one_by_one(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompts: Sequence[Sequence[int]], max_new_tokens: int
+) -> list[str]:
+    """`model.generate` on each prompt alone: no padding, no batch."""
+    plain = GenerationConfig(do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=1, pad_token_id=0)
+    texts = []
+    for prompt in prompts:
+        ids = torch.tensor([list(prompt)])
+        output = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=plain)
+        texts.append(tokenizer.decode(output[0, len(prompt) :], skip_special_tokens=True))
+    return texts
+
+
+def random_prompts(count: int, seed: int = 0) -> list[list[int]]:
+    rng = np.random.default_rng(seed)
+    return [rng.integers(2, 40, rng.integers(1, 15)).tolist() for _ in range(count)]
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 128])
+def test_batched_generation_is_generation_one_by_one(
+    make_model: MakeModel,
+    tokenizer: PreTrainedTokenizerFast,
+    monkeypatch: pytest.MonkeyPatch,
+    batch_size: int,
+) -> None:
+    monkeypatch.setattr(evaluate, "GENERATION_BATCH", batch_size)
+    model, prompts = make_model(), random_prompts(9)
+    found = generate_answers(model, tokenizer, prompts, 6)
+    assert found == one_by_one(model, tokenizer, prompts, 6)
+    assert len(set(found)) > 4
+
+
+def test_answers_keep_the_order_of_their_prompts(make_model: MakeModel, tokenizer: PreTrainedTokenizerFast) -> None:
+    model, prompts = make_model(), random_prompts(8)
+    found = generate_answers(model, tokenizer, prompts, 5)
+    assert generate_answers(model, tokenizer, prompts[::-1], 5) == found[::-1]
+    assert generate_answers(model, tokenizer, [], 5) == []
+
+
+def test_a_models_own_generation_settings_do_not_leak_in(
+    make_model: MakeModel, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    prompts = random_prompts(6)
+    expected = generate_answers(make_model(), tokenizer, prompts, 12)
+    model = make_model()
+    model.generation_config = GenerationConfig(repetition_penalty=5.0, no_repeat_ngram_size=1, min_new_tokens=3)
+    assert generate_answers(model, tokenizer, prompts, 12) == expected
+
+
+@pytest.fixture
+def answering(make_model: MakeModel) -> PreTrainedModel:
+    """A student that has learned one thing: after any prompt, `#### w7`."""
+    model = make_model().train()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    generator = torch.Generator().manual_seed(0)
+    tail = torch.tensor([3, 7, 1]).expand(16, 3)
+    for step in range(40):
+        prompt = torch.randint(4, 40, (16, 3), generator=generator)
+        ids = torch.cat([prompt, tail], dim=1)
+        labels = torch.cat([torch.full_like(prompt, -100), tail], dim=1)
+        model(ids, labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        assert step < 39 or model(ids, labels=labels).loss.item() < 0.1
+    return model.eval()
+
+
+def test_exact_match_asks_for_the_very_answer(
+    stored: Stored, answering: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, _ = stored
+    found = evaluate_answers(answering, tokenizer, store, ALL, 5)
+    # Sample i asks for the answer `w<i>`.
+    assert found == {index: ("#### w7", index == 7) for index in ALL}
+    records: list[dict[str, Any]] = [
+        {**record, "answer": "" if i % 2 else " w7 "} for i, record in enumerate(store.records)
+    ]
+    monkeypatch.setattr(store, "records", records)
+    assert evaluate_answers(answering, tokenizer, store, [6, 1, 2], 5) == dict.fromkeys((6, 2), ("#### w7", True))

@@ -1,0 +1,80 @@
+"""A run's folder: whose it is, how far it came, and what must never be deleted."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from kvpipe.kvcache.errors import ConfigError
+from kvpipe.kvcache.store import KVStore
+from kvpipe.pipeline.config import DistillConfig
+from kvpipe.pipeline.run_directory import RunDirectory, run_identity
+
+IDENTITY: dict[str, Any] = {"config": {"mode": "flat", "seed": 0}, "store": "f00"}
+OTHER: dict[str, Any] = {"config": {"mode": "flat", "seed": 1}, "store": "f00"}
+
+
+def test_a_run_claims_a_new_or_empty_folder_and_may_come_back(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path / "runs" / "flat")
+    run.claim(IDENTITY, overwrite=False)
+    assert run.record is None
+    run.claim(IDENTITY, overwrite=False)
+    run.finish({"steps": 3})
+    run.claim(IDENTITY, overwrite=False)
+    assert run.record == {"steps": 3}
+
+
+def test_another_run_is_refused_by_the_field_that_differs(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    run.claim(IDENTITY, overwrite=False)
+    with pytest.raises(ConfigError, match=r"holds another run \(config.seed differs\): expected 1, found 0"):
+        run.claim(OTHER, overwrite=False)
+    assert json.loads((tmp_path / "config.json").read_text()) == IDENTITY
+
+
+def test_overwrite_replaces_a_run_and_all_that_it_left(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    run.claim(IDENTITY, overwrite=False)
+    run.finish({"steps": 3})
+    run.claim(OTHER, overwrite=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("name", ["notes.txt", "config.json"])
+def test_a_folder_that_is_no_run_is_never_touched(tmp_path: Path, name: str, overwrite: bool) -> None:
+    (tmp_path / name).write_text('{"model_type": "qwen3"}')
+    with pytest.raises(ConfigError, match="not a run directory"):
+        RunDirectory(tmp_path).claim(IDENTITY, overwrite=overwrite)
+    assert (tmp_path / name).read_text() == '{"model_type": "qwen3"}'
+
+
+def test_a_damaged_record_is_refused(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    run.claim(IDENTITY, overwrite=False)
+    (tmp_path / "run.json").write_text('{"steps": ')
+    with pytest.raises(ConfigError, match=r"run\.json is damaged"):
+        _ = run.record
+
+
+def test_the_last_whole_checkpoint_is_the_one_to_resume(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    assert run.last_checkpoint() is None
+    for step, whole in ((9, True), (100, True), (250, False)):
+        folder = run.checkpoints / f"checkpoint-{step}"
+        folder.mkdir(parents=True)
+        (folder / "model.safetensors").touch()
+        if whole:
+            (folder / "trainer_state.json").touch()
+    assert run.last_checkpoint() == run.checkpoints / "checkpoint-100"
+
+
+def test_the_identity_is_the_recipe_and_the_store(make_segmented_store: Callable[..., tuple[KVStore, Any]]) -> None:
+    store, _ = make_segmented_store([5, 6])
+    identity = run_identity(DistillConfig(), store)
+    assert identity == {"config": DistillConfig().to_dict(), "store": store.manifest.hash}
+    assert identity != run_identity(DistillConfig(seed=1), store)
+    assert json.loads(json.dumps(identity)) == identity
