@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,20 @@ DIMENSION_NAMES = ("layer", "kv", "sample", "head", "token", "channel")
 # NumPy has no bfloat16: its 16 bits are kept as uint16 and the array's `logical_dtype` says what they mean.
 STORAGE_DTYPES = {torch.float32: np.float32, torch.float16: np.float16, torch.bfloat16: np.uint16}
 LOGICAL_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in STORAGE_DTYPES}
+
+
+@dataclass(frozen=True)
+class KVGeometry:
+    """What only a forward pass can tell: the shape of one token's KV."""
+
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+
+    @property
+    def bytes_per_token(self) -> int:
+        return self.num_layers * 2 * self.num_kv_heads * self.head_dim * self.dtype.itemsize
 
 
 def dtype_name(dtype: torch.dtype) -> str:

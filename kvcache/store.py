@@ -4,63 +4,22 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import zarr
 from numpy.typing import NDArray
-from zarr.codecs import BytesCodec, Crc32cCodec
 
 from .errors import StoreError
-from .files import PARTIAL, write_atomic
-from .layout import DIMENSION_NAMES, LOGICAL_DTYPES, STORAGE_DTYPES, dtype_name
+from .files import write_atomic
+from .layout import DIMENSION_NAMES, LOGICAL_DTYPES, STORAGE_DTYPES, KVGeometry, dtype_name
 from .manifest import Manifest
 from .shard import CRC_BYTES, ShardLayout, crc32c
-from .side_arrays import add_array, open_array, read_array
-
-TOKEN_BLOCK = 32
-"""Tokens in a chunk: short samples cost their own length, rounded up to this."""
+from .side_arrays import open_array, read_array
 
 ATTRIBUTE = "kvpipe"
-
-
-@dataclass(frozen=True)
-class SampleTable:
-    """What a store keeps beside the KV, for `B` samples of at most `T` tokens.
-
-    `records` are the samples as JSON objects; `split` `[B]` names each sample's split by its index in
-    `split_names`. `input_ids` `[B, T]`, `segment_ids` `[B, T]` (-1 past the end) and `spans` `[B, T, 2]`
-    (character offsets) are padded on the right; `length` `[B]` counts real tokens.
-    """
-
-    records: Sequence[Mapping[str, Any]]
-    split_names: tuple[str, ...]
-    split: NDArray[np.int8]
-    length: NDArray[np.int32]
-    input_ids: NDArray[np.int32]
-    segment_ids: NDArray[np.int8]
-    spans: NDArray[np.int32]
-
-
-@dataclass(frozen=True)
-class KVGeometry:
-    """What only a forward pass can tell: the shape of one token's KV."""
-
-    num_layers: int
-    num_kv_heads: int
-    head_dim: int
-    dtype: torch.dtype
-
-    @property
-    def bytes_per_token(self) -> int:
-        return self.num_layers * 2 * self.num_kv_heads * self.head_dim * self.dtype.itemsize
 
 
 class KVStore:
@@ -114,40 +73,6 @@ class KVStore:
                 f"{path} is not a KV store, or its metadata is damaged ({type(error).__name__}: {error})",
                 remedy="Extract again into a new place",
             ) from error
-
-    @classmethod
-    def create(
-        cls,
-        path: Path,
-        manifest: Manifest,
-        table: SampleTable,
-        geometry: KVGeometry,
-        *,
-        tokenizer_files: Mapping[str, bytes],
-        truncated: int,
-        shard_bytes: int,
-    ) -> KVStore:
-        """Lay out an empty store: everything but the KV itself. It appears at `path` whole or not at all."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        building = path.with_name(f".{path.name}{PARTIAL}")
-        shutil.rmtree(building, ignore_errors=True)
-        try:
-            group = zarr.create_group(building, zarr_format=3)
-            _create_arrays(group, table, geometry, shard_bytes)
-            for name, content in tokenizer_files.items():
-                add_array(group, f"tokenizer/{name}", np.frombuffer(content, np.uint8), ("byte",))
-            group.attrs[ATTRIBUTE] = {
-                "manifest": manifest.to_dict(),
-                "kvpipe_version": version("kvpipe"),
-                "split_names": list(table.split_names),
-                "truncated_samples": truncated,
-                "tokenizer_files": list(tokenizer_files),
-            }
-            building.rename(path)
-        except BaseException:
-            shutil.rmtree(building, ignore_errors=True)
-            raise
-        return cls.open(path)
 
     # ------------------------------------------------------------------ provenance
 
@@ -287,40 +212,3 @@ class KVStore:
                 found=finished,
                 remedy="Run the same `kvpipe extract` again: it goes on where it stopped",
             )
-
-
-def _create_arrays(group: zarr.Group, table: SampleTable, geometry: KVGeometry, shard_bytes: int) -> None:
-    num_samples, max_length = table.input_ids.shape
-    blocks = max_length // TOKEN_BLOCK
-    mean_bytes = float(np.mean(-(-table.length // TOKEN_BLOCK))) * TOKEN_BLOCK * geometry.bytes_per_token
-    samples = int(min(max(shard_bytes // mean_bytes, 1), num_samples))
-    plain = {"serializer": BytesCodec(endian="little"), "compressors": [Crc32cCodec()], "filters": None}
-    chunk = (geometry.num_layers, 2, 1, geometry.num_kv_heads, TOKEN_BLOCK, geometry.head_dim)
-    shape = (geometry.num_layers, 2, num_samples, geometry.num_kv_heads, max_length, geometry.head_dim)
-    group.create_array(
-        "kv",
-        shape=shape,
-        chunks=chunk,
-        shards=(*chunk[:2], samples, chunk[3], max_length, chunk[5]),
-        dtype=STORAGE_DTYPES[geometry.dtype],
-        fill_value=0,
-        dimension_names=DIMENSION_NAMES,
-        attributes={"logical_dtype": dtype_name(geometry.dtype)},
-        **plain,
-    )
-    group.create_array(
-        "ledger",
-        shape=(num_samples, blocks),
-        chunks=(samples, blocks),
-        dtype=np.uint32,
-        fill_value=0,
-        dimension_names=("sample", "block"),
-        **plain,
-    )
-    add_array(group, "length", table.length, ("sample",))
-    add_array(group, "split", table.split, ("sample",))
-    add_array(group, "input_ids", table.input_ids, ("sample", "token"))
-    add_array(group, "segment_ids", table.segment_ids, ("sample", "token"))
-    add_array(group, "spans", table.spans, ("sample", "token", "edge"))
-    text = "".join(f"{json.dumps(record)}\n" for record in table.records).encode()
-    add_array(group, "text", np.frombuffer(text, np.uint8), ("byte",))

@@ -20,9 +20,10 @@ from ..data.corpus import BUILTIN_DATASET, Corpus, load_corpus
 from ..data.sample import Segment
 from ..data.tokenize import TokenizedSample, tokenize
 from ..kvcache.capture import CaptureCache
+from ..kvcache.create import TOKEN_BLOCK, SampleTable, create_store, padded_bytes
 from ..kvcache.errors import ConfigError, StoreError
 from ..kvcache.files import PARTIAL
-from ..kvcache.layout import dtype_name, layer_pairs
+from ..kvcache.layout import KVGeometry, dtype_name, layer_pairs
 from ..kvcache.manifest import (
     SCHEMA_VERSION,
     DatasetIdentity,
@@ -34,7 +35,7 @@ from ..kvcache.manifest import (
     hash_weights,
     rope_parameters,
 )
-from ..kvcache.store import TOKEN_BLOCK, KVGeometry, KVStore, SampleTable
+from ..kvcache.store import KVStore
 from ..kvcache.writer import Pairs, ShardWriter
 from .models import builtin_teachers, load_teacher, load_tokenizer, resolve_device, resolve_dtype, tokenizer_files
 from .progress import progress_bar
@@ -171,8 +172,8 @@ def _open_or_create(
         return store
     geometry = _probe(teacher, tokens[0])
     table = _sample_table(corpus, tokens)
-    _require_space(config.store, int(sum(-(-table.length // TOKEN_BLOCK))) * TOKEN_BLOCK * geometry.bytes_per_token)
-    return KVStore.create(
+    _require_space(config.store, padded_bytes(table.length, geometry))
+    return create_store(
         config.store,
         manifest,
         table,

@@ -33,8 +33,10 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 install_import_hook("kvpipe", "beartype.beartype")
 
 # Only now: the hook sees the modules that are imported after it.
+from kvpipe.kvcache.create import TOKEN_BLOCK, SampleTable, create_store  # noqa: E402
+from kvpipe.kvcache.layout import KVGeometry  # noqa: E402
 from kvpipe.kvcache.manifest import DatasetIdentity, Manifest, TeacherIdentity  # noqa: E402
-from kvpipe.kvcache.store import TOKEN_BLOCK, KVGeometry, KVStore, SampleTable  # noqa: E402
+from kvpipe.kvcache.store import KVStore  # noqa: E402
 from kvpipe.kvcache.writer import ShardWriter  # noqa: E402
 
 torch.set_num_threads(1)
@@ -146,7 +148,7 @@ def make_store(
         geometry = KVGeometry(num_layers, num_kv_heads, head_dim, dtype)
         blocks = sum(-(-length // TOKEN_BLOCK) for length in lengths)
         mean_bytes = blocks * TOKEN_BLOCK * geometry.bytes_per_token / len(lengths)
-        store = KVStore.create(
+        store = create_store(
             tmp_path_factory.mktemp("store") / "tiny.zarr",
             make_manifest(dtype=str(dtype).removeprefix("torch.")),
             _sample_table(lengths, records),

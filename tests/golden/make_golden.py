@@ -15,8 +15,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from kvpipe.kvcache.create import SampleTable, create_store
+from kvpipe.kvcache.layout import KVGeometry
 from kvpipe.kvcache.manifest import SCHEMA_VERSION, DatasetIdentity, Manifest, TeacherIdentity
-from kvpipe.kvcache.store import KVGeometry, KVStore, SampleTable
+from kvpipe.kvcache.store import KVStore
 from kvpipe.kvcache.writer import ShardWriter
 from torch import Tensor
 
@@ -69,7 +71,7 @@ def write_golden_store(path: Path) -> KVStore:
     )
     geometry = KVGeometry(LAYERS, HEADS, HEAD_DIM, torch.bfloat16)
     two_samples = 2 * 64 * geometry.bytes_per_token
-    store = KVStore.create(
+    store = create_store(
         path, manifest, table, geometry, tokenizer_files=TOKENIZER_FILES, truncated=1, shard_bytes=two_samples
     )
     kv = golden_kv()

@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 import torch
 from kvpipe.data.sample import Segment
-from kvpipe.kvcache.layout import dtype_name
+from kvpipe.kvcache.create import TOKEN_BLOCK, SampleTable, create_store
+from kvpipe.kvcache.layout import KVGeometry, dtype_name
 from kvpipe.kvcache.manifest import Manifest
-from kvpipe.kvcache.store import TOKEN_BLOCK, KVGeometry, KVStore, SampleTable
+from kvpipe.kvcache.store import KVStore
 from kvpipe.kvcache.writer import ShardWriter
 from kvpipe.pipeline.config import DistillConfig
 from kvpipe.pipeline.experiment import ExperimentRuns
@@ -94,7 +95,7 @@ def make_segmented_store(
         kv = [(torch.randn(layers, 2, heads, n, dim, generator=generator) * scale + shift).to(dtype) for n in lengths]
         table = _table(lengths, prompt, seed)
         geometry = KVGeometry(layers, heads, dim, dtype)
-        store = KVStore.create(
+        store = create_store(
             tmp_path_factory.mktemp("segmented") / "test.zarr",
             make_manifest(dtype=dtype_name(dtype), layers=tuple(range(layers))),
             table,
