@@ -47,7 +47,7 @@ def distill(
         typer.Option("--shuffle-kv", help="Control: permute the teacher's KV in time.", rich_help_panel=ALIGNMENT),
     ] = False,
     kv_weight: Annotated[float, typer.Option(help="Weight of the KV loss.", rich_help_panel=TRAINING)] = 1.0,
-    learning_rate: Annotated[float, typer.Option(help="Of the student.", rich_help_panel=TRAINING)] = 2e-3,
+    learning_rate: Annotated[float, typer.Option(help="Of the student.", rich_help_panel=TRAINING)] = 1e-3,
     aligner_learning_rate: Annotated[
         float | None, typer.Option(help="[default: 5 times the student's]", rich_help_panel=TRAINING)
     ] = None,

@@ -29,7 +29,7 @@ class DistillConfig:
     init_uniform: bool = False
     shuffle_kv: bool = False
     kv_weight: float = 1.0
-    learning_rate: float = 2e-3
+    learning_rate: float = 1e-3
     aligner_learning_rate: float | None = None
     weight_decay: float = 0.01
     warmup_ratio: float = 0.05
