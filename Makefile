@@ -18,8 +18,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
+# ARGS goes to the command: make ab-experiment ARGS='--set name=mine --set extract.dataset=mine.jsonl'
 ab-experiment: $(INSTALLED) ## the A/B: extract if needed, all arms and seeds, report in reports/ab
-	$(BIN)/kvpipe experiment run experiments/ab.toml
+	$(BIN)/kvpipe experiment run experiments/ab.toml $(ARGS)
 
 smoke: $(INSTALLED) ## a few samples and ten steps of every mode, in a temporary folder
 	$(BIN)/python benchmarks/smoke.py

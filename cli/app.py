@@ -44,7 +44,7 @@ def main() -> None:
         code = _user_error_code(error)
         if debug or code is None:
             raise
-        message = " ".join(str(error).split())
+        message = " ".join(_sentence(error).split())
         typer.secho(f"Error: {message}", fg=typer.colors.RED, err=True)
         sys.exit(code)
 
@@ -57,6 +57,15 @@ def _user_error_code(error: Exception) -> int | None:
     if isinstance(error, KVPipeError):
         return error.exit_code
     return 2 if isinstance(error, DataError | OSError) else None
+
+
+def _sentence(error: Exception) -> str:
+    if not isinstance(error, OSError) or error.filename is None:
+        return str(error)
+    return (
+        f"{error.strerror} at {error.filename}. Make room or choose another place; "
+        "the same command then goes on where it stopped"
+    )
 
 
 def _quiet_libraries() -> None:

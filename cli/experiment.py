@@ -19,6 +19,10 @@ def group() -> None:
 @experiment.command()
 def run(
     config: Annotated[Path, typer.Argument(help="An experiment file, e.g. experiments/ab.toml.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Replace a value of the file, e.g. extract.samples=200."),
+    ] = None,
     jobs: Annotated[int | None, typer.Option(help="Runs side by side. [default: one a core]")] = None,
     report_dir: Annotated[Path | None, typer.Option(help="[default: reports/<name>]")] = None,
     runs_dir: Annotated[Path | None, typer.Option(help="[default: runs/<name>]")] = None,
@@ -30,7 +34,7 @@ def run(
     from ..pipeline.report import sentence, write_report
     from ..pipeline.results import collect
 
-    parsed = load_experiment(config)
+    parsed = load_experiment(config, overrides or ())
     runs = runs_dir or Path("runs") / parsed.name
     outcome = run_experiment(parsed, runs, jobs if jobs is not None else os.cpu_count() or 1)
     for name, line in outcome.failures.items():

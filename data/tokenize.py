@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
+from .errors import DataError
 from .sample import Sample, Segment
 
 
@@ -37,10 +38,12 @@ def tokenize(
 ) -> Iterator[TokenizedSample]:
     """Tokenize samples with the tokenizer's own special tokens and one EOS; cut at `max_tokens`.
 
-    Raises ValueError for a tokenizer without character offsets: spans could not be recorded.
+    Raises DataError for a tokenizer without character offsets, whose spans could not be recorded, and for a
+    sample without a single token.
     """
     if not tokenizer.is_fast:
-        raise ValueError(f"{type(tokenizer).__name__} reports no character offsets; use its fast version")
+        found = type(tokenizer).__name__
+        raise DataError(f"expected a tokenizer with character offsets (a fast one), found {found}")
     samples = iter(samples)
     while block := list(islice(samples, chunk)):
         encoded = tokenizer([s.text for s in block], return_offsets_mapping=True, verbose=False)
@@ -53,6 +56,8 @@ def _with_segments(
 ) -> TokenizedSample:
     if eos_token_id is not None and (not ids or ids[-1] != eos_token_id):
         ids, spans = [*ids, eos_token_id], [*spans, (0, 0)]
+    if not ids:
+        raise DataError(f"{sample.id}: expected text with at least one token, found {sample.text[:40]!r}")
     spans = _place_special_tokens(spans)
     segments = [segment for segment, _ in sample.parts()]
     ends = list(accumulate(len(part) for _, part in sample.parts()))

@@ -61,7 +61,7 @@ class KVStore:
             raise StoreError(
                 f"no KV store at {path}",
                 expected="a Zarr group written by kvpipe",
-                found="a folder without zarr.json" if path.is_dir() else "nothing",
+                found=_what_is_at(path),
                 remedy="Write one with `kvpipe extract`, or name another with --store",
             )
         try:
@@ -212,3 +212,9 @@ class KVStore:
                 found=finished,
                 remedy="Run the same `kvpipe extract` again: it goes on where it stopped",
             )
+
+
+def _what_is_at(path: Path) -> str:
+    if path.is_dir():
+        return "a folder without zarr.json"
+    return "a file" if path.exists() else "nothing"

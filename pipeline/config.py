@@ -61,6 +61,8 @@ class DistillConfig:
                 raise _refuse(name, "0 or more", getattr(self, name))
         if not 0 <= self.warmup_ratio < 1:
             raise _refuse("warmup_ratio", "0 or more, and less than 1", self.warmup_ratio)
+        if self.eval_split == "train":
+            raise _refuse("eval_split", "a held-out split", "train")
         if not 0 <= self.seed < MAX_SEED:
             raise _refuse("seed", "0 or more, and less than 2**32", self.seed)
         if self.mode == "none" and self.shuffle_kv:

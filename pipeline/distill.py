@@ -189,7 +189,9 @@ def _build_aligner(
 
 
 def _arguments(config: DistillConfig, run: RunDirectory, device: torch.device) -> TrainingArguments:
-    return TrainingArguments(
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    arguments = TrainingArguments(
         output_dir=str(run.checkpoints),
         learning_rate=config.learning_rate,
         weight_decay=config.weight_decay,
@@ -211,6 +213,9 @@ def _arguments(config: DistillConfig, run: RunDirectory, device: torch.device) -
         report_to="none",
         disable_tqdm=True,
     )
+    # One process, one GPU: DataParallel would cut the KV along its key/value axis.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments
 
 
 def _final_metrics(parts: _Parts, store: KVStore, config: DistillConfig, run: RunDirectory) -> dict[str, float | None]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -33,8 +33,11 @@ class ExperimentConfig:
         ]
 
 
-def load_experiment(path: Path) -> ExperimentConfig:
-    """Parse an experiment file. Raises ConfigError naming the file and the key that is wrong."""
+def load_experiment(path: Path, overrides: Sequence[str] = ()) -> ExperimentConfig:
+    """Parse an experiment file, with `overrides` such as `extract.samples=200` in place of its own values.
+
+    Raises ConfigError naming the file and the key that is wrong.
+    """
     try:
         document = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -43,6 +46,8 @@ def load_experiment(path: Path) -> ExperimentConfig:
         ) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not TOML", expected="TOML", found=error, remedy="Mend the file") from error
+    for override in overrides:
+        _override(document, override)
     _require_keys(document, path)
     arms = _arms(document, path)
     return ExperimentConfig(
@@ -53,6 +58,20 @@ def load_experiment(path: Path) -> ExperimentConfig:
         arms=arms,
         comparisons=_comparisons(document["comparisons"], arms, path),
     )
+
+
+def _override(document: dict[str, Any], override: str) -> None:
+    """Put `table.key=value` into the document; a value that is not TOML is taken as text."""
+    dotted, equals, text = override.partition("=")
+    *tables, key = dotted.split(".")
+    for name in tables:
+        document = document.setdefault(name, {})
+    if not equals or not isinstance(document, dict):
+        raise ConfigError("no such override", expected="KEY=VALUE", found=override, remedy="Mend --set")
+    try:
+        document[key] = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        document[key] = text
 
 
 def _require_keys(document: Mapping[str, Any], path: Path) -> None:

@@ -75,9 +75,9 @@ class RunDirectory:
                 )
 
     def last_checkpoint(self) -> Path | None:
-        """The latest whole checkpoint: `trainer_state.json` is written last."""
-        whole = [path.parent for path in self.checkpoints.glob("checkpoint-*/trainer_state.json")]
-        return max(whole, key=lambda path: int(path.name.split("-")[1]), default=None)
+        """The latest whole checkpoint: `trainer_state.json` is written last, and is JSON once it is whole."""
+        found = [path for path in self.checkpoints.glob("checkpoint-*/trainer_state.json") if _is_json(path)]
+        return max((path.parent for path in found), key=lambda path: int(path.name.split("-")[1]), default=None)
 
     def finish(self, record: dict[str, Any]) -> None:
         """Write `run.json`: the run is done."""
@@ -86,6 +86,14 @@ class RunDirectory:
 
 def _pretty(document: dict[str, Any]) -> bytes:
     return (json.dumps(document, indent=2) + "\n").encode()
+
+
+def _is_json(path: Path) -> bool:
+    try:
+        json.loads(path.read_text())
+    except json.JSONDecodeError:
+        return False
+    return True
 
 
 def _read(path: Path) -> dict[str, Any] | None:

@@ -53,12 +53,12 @@ class KVDataset(Dataset[Batch]):
     def _permuted(self, indices: Sequence[int], kv: KV) -> KV:
         if self.shuffle_seed is None:
             return kv
-        order = np.tile(np.arange(kv.shape[4]), (len(indices), 1))
+        permuted = kv.clone()
         for row, index in enumerate(indices):
-            length = self.store.length[index]
-            order[row, :length] = np.random.default_rng([self.shuffle_seed, index]).permutation(length)
-        positions = torch.from_numpy(order)[None, None, :, None, :, None].expand_as(kv)
-        return kv.gather(4, positions)
+            length = int(self.store.length[index])
+            order = np.random.default_rng([self.shuffle_seed, index]).permutation(length)
+            permuted[:, :, row, :, :length] = kv[:, :, row].index_select(3, torch.from_numpy(order))
+        return permuted
 
 
 def teacher_moments(

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from kvpipe.data.errors import DataError
 from kvpipe.data.sample import Sample, Segment
 from kvpipe.data.tokenize import TokenizedSample, prompt_ids, tokenize
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -157,5 +158,12 @@ def test_a_tokenizer_without_offsets_is_refused() -> None:
         def get_vocab(self) -> dict[str, int]:
             return {"a": 0}
 
-    with pytest.raises(ValueError, match="Slow reports no character offsets"):
+    with pytest.raises(DataError, match=r"expected a tokenizer with character offsets .*, found Slow"):
         next(tokenize([Sample("0", "a", "", "")], Slow(), 8))
+
+
+def test_a_sample_without_a_token_is_refused() -> None:
+    tokenizer = trained_tokenizer()
+    tokenizer.eos_token = None
+    with pytest.raises(DataError, match="empty: expected text with at least one token"):
+        list(tokenize([Sample("empty", "", "", "")], tokenizer, max_tokens=8))

@@ -151,3 +151,13 @@ def test_a_file_that_is_not_there_or_not_text_is_refused(tmp_path: Path) -> None
     binary.write_bytes(b"name = '\xff\xfe'")
     with pytest.raises(ConfigError, match="not TOML"):
         load_experiment(binary)
+
+
+def test_overrides_replace_values_of_the_file_and_are_checked_like_them(write: Write) -> None:
+    path = write(GOOD)
+    config = load_experiment(path, ["extract.samples=7", "base.epochs=1.5", "name=mine", "extract.dataset=my.jsonl"])
+    assert (config.name, config.extract.samples, config.extract.dataset) == ("mine", 7, "my.jsonl")
+    assert {recipe.epochs for recipe in config.arms.values()} == {1.5}
+    for override in ("base.epoch=1", "nothing", "name.deeper=1", "extract.samples=many"):
+        with pytest.raises(ConfigError, match="found"):
+            load_experiment(path, [override])

@@ -63,12 +63,12 @@ def test_a_damaged_record_is_refused(tmp_path: Path) -> None:
 def test_the_last_whole_checkpoint_is_the_one_to_resume(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path)
     assert run.last_checkpoint() is None
-    for step, whole in ((9, True), (100, True), (250, False)):
+    for step, state in ((9, "{}"), (100, "{}"), (250, None), (300, '{"global_st')):
         folder = run.checkpoints / f"checkpoint-{step}"
         folder.mkdir(parents=True)
         (folder / "model.safetensors").touch()
-        if whole:
-            (folder / "trainer_state.json").touch()
+        if state is not None:
+            (folder / "trainer_state.json").write_text(state)
     assert run.last_checkpoint() == run.checkpoints / "checkpoint-100"
 
 
