@@ -74,15 +74,14 @@ class Manifest:
 
     def require_same(self, found: Manifest, where: str) -> None:
         """Raise StoreError naming the first field in which the store at `where` differs from this manifest."""
-        expected_fields, found_fields = flatten(self.to_dict()), flatten(found.to_dict())
-        for name in sorted(expected_fields | found_fields, key=_reading_order):
-            if expected_fields.get(name) != found_fields.get(name):
-                raise StoreError(
-                    f"{where} holds another extraction ({name} differs)",
-                    expected=expected_fields.get(name),
-                    found=found_fields.get(name),
-                    remedy="Give this extraction its own place with --store, or repeat the options of the stored one",
-                )
+        if difference := first_difference(self.to_dict(), found.to_dict()):
+            name, expected, other = difference
+            raise StoreError(
+                f"{where} holds another extraction ({name} differs)",
+                expected=expected,
+                found=other,
+                remedy="Give this extraction its own place with --store, or repeat the options of the stored one",
+            )
 
     @property
     def hash(self) -> str:
@@ -117,6 +116,15 @@ def flatten(document: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{name}"] = list(value) if isinstance(value, tuple) else value
     return flat
+
+
+def first_difference(expected: Mapping[str, Any], found: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
+    """(dotted name, expected, found) of the first field in which two documents differ, hashes last; else None."""
+    left, right = flatten(expected), flatten(found)
+    for name in sorted(left | right, key=_reading_order):
+        if left.get(name) != right.get(name):
+            return name, left.get(name), right.get(name)
+    return None
 
 
 def hash_json(document: Any) -> str:

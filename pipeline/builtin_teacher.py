@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
-from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
@@ -35,6 +34,7 @@ from ..data import builtin
 from ..data.sample import Sample, Segment, extract_answer
 from ..data.tokenize import prompt_ids, tokenize
 from ..data.word_problems import generate
+from .evaluate import generate_answers
 
 DEFAULT_OUTPUT = Path(next(iter(builtin.__path__))) / "qwen"
 REQUIRED_EXACT_MATCH = 0.97
@@ -87,7 +87,10 @@ def measure(folder: Path) -> float:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     samples = list(generate("test", TEST_SAMPLES, SEED))
-    return greedy_exact_match(model, tokenizer, samples, max_new_tokens=64)
+    prompts = [prompt_ids(sample).tolist() for sample in tokenize(samples, tokenizer, MAX_TOKENS)]
+    texts = generate_answers(model.eval(), tokenizer, prompts, max_new_tokens=64)
+    exact = [extract_answer(text) == sample.answer for text, sample in zip(texts, samples, strict=True)]
+    return sum(exact) / len(exact)
 
 
 def train_tokenizer(samples: Sequence[Sample]) -> PreTrainedTokenizerFast:
@@ -179,35 +182,6 @@ def _training_features(samples: Sequence[Sample], tokenizer: PreTrainedTokenizer
         labels[sample.segment_ids == Segment.PROMPT] = -100
         features.append({"input_ids": sample.input_ids.tolist(), "labels": labels.tolist()})
     return features
-
-
-def greedy_exact_match(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    samples: Sequence[Sample],
-    max_new_tokens: int,
-    batch_size: int = 128,
-) -> float:
-    """The share of samples whose answer the model writes when it continues the prompt greedily."""
-    prompts = [prompt_ids(sample).tolist() for sample in tokenize(samples, tokenizer, MAX_TOKENS)]
-    # Prompts of one length side by side: less padding to compute.
-    order = iter(sorted(range(len(samples)), key=lambda i: len(prompts[i])))
-    correct = 0
-    while batch := list(islice(order, batch_size)):
-        texts = _continue_greedily(model, tokenizer, [prompts[i] for i in batch], max_new_tokens)
-        answers = [extract_answer(text) for text in texts]
-        correct += sum(answer == samples[i].answer for i, answer in zip(batch, answers, strict=True))
-    return correct / len(samples)
-
-
-@torch.inference_mode()
-def _continue_greedily(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], max_new_tokens: int
-) -> list[str]:
-    inputs: Any = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
-    width = inputs["input_ids"].shape[1]
-    generated: Any = model.generate(**inputs.to(model.device), do_sample=False, max_new_tokens=max_new_tokens)
-    return tokenizer.batch_decode(generated[:, width:], skip_special_tokens=True)
 
 
 if __name__ == "__main__":

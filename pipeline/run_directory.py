@@ -9,7 +9,7 @@ from typing import Any
 
 from ..kvcache.errors import ConfigError
 from ..kvcache.files import write_atomic
-from ..kvcache.manifest import flatten
+from ..kvcache.manifest import first_difference
 from ..kvcache.store import KVStore
 from .config import DistillConfig
 
@@ -64,15 +64,14 @@ class RunDirectory:
             return True
 
     def _require_same(self, identity: dict[str, Any]) -> None:
-        expected_fields, found_fields = flatten(identity), flatten(_read(self.path / "config.json") or {})
-        for name in sorted(expected_fields.keys() | found_fields.keys()):
-            if expected_fields.get(name) != found_fields.get(name):
-                raise ConfigError(
-                    f"{self.path} holds another run ({name} differs)",
-                    expected=expected_fields.get(name),
-                    found=found_fields.get(name),
-                    remedy="Choose another --output-dir, or replace it with --overwrite",
-                )
+        if difference := first_difference(identity, _read(self.path / "config.json") or {}):
+            name, expected, found = difference
+            raise ConfigError(
+                f"{self.path} holds another run ({name} differs)",
+                expected=expected,
+                found=found,
+                remedy="Choose another --output-dir, or replace it with --overwrite",
+            )
 
     def last_checkpoint(self) -> Path | None:
         """The latest whole checkpoint: `trainer_state.json` is written last, and is JSON once it is whole."""
