@@ -26,7 +26,7 @@ smoke: $(INSTALLED) ## a few samples and ten steps of every mode, in a temporary
 	$(BIN)/python benchmarks/smoke.py
 
 test: $(INSTALLED) ## the quick test suite
-	$(BIN)/python -m pytest -q -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
 
 lint: $(INSTALLED) ## ruff: rules and format
 	$(BIN)/ruff check .

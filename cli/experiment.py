@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated
 
@@ -23,7 +22,7 @@ def run(
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Replace a value of the file, e.g. extract.samples=200."),
     ] = None,
-    jobs: Annotated[int | None, typer.Option(help="Runs side by side. [default: one a core]")] = None,
+    jobs: Annotated[int | None, typer.Option(help="Runs side by side. [default: one a core, or one on a GPU]")] = None,
     report_dir: Annotated[Path | None, typer.Option(help="[default: reports/<name>]")] = None,
     runs_dir: Annotated[Path | None, typer.Option(help="[default: runs/<name>]")] = None,
 ) -> None:
@@ -36,7 +35,7 @@ def run(
 
     parsed = load_experiment(config, overrides or ())
     runs = runs_dir or Path("runs") / parsed.name
-    outcome = run_experiment(parsed, runs, jobs if jobs is not None else os.cpu_count() or 1)
+    outcome = run_experiment(parsed, runs, jobs)
     for name, line in outcome.failures.items():
         typer.secho(f"{name} failed: {line} (see {runs / name}.log)", fg=typer.colors.RED, err=True)
     if not outcome.records:

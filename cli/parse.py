@@ -23,5 +23,5 @@ def batch_size_or_auto(text: str) -> int | None:
     if text == "auto":
         return None
     if not text.isdecimal() or int(text) < 1:
-        raise ConfigError("no such batch size", expected="auto, or 1 and more", found=text, remedy="Mend --batch-size")
+        raise ConfigError("no such batch size", expected="auto, or at least 1", found=text, remedy="Mend --batch-size")
     return int(text)

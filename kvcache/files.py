@@ -18,6 +18,11 @@ def write_atomic(path: Path, data: bytes | memoryview) -> None:
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        # A full disk does not say which file it was.
+        error.filename = error.filename or str(path)
+        raise
     except BaseException:
         partial.unlink(missing_ok=True)
         raise

@@ -80,7 +80,8 @@ class KVReader:
                 f"shard {number} of {self.store.path} is damaged at sample {index}",
                 expected="the bytes that the ledger recorded",
                 found=error,
-                remedy="Extract the store again; the rest of it cannot be trusted blindly",
+                remedy=f"Delete {self.store.ledger_path(number)} and run the same `kvpipe extract` again: "
+                "it writes this shard anew",
             ) from error
         out[:, :, :, blocks * layout.block :] = 0
 

@@ -141,7 +141,7 @@ class KVStore:
         return {
             "path": str(self.path),
             "complete": finished == self.num_shards,
-            "shards": {"finished": finished, "total": self.num_shards, "samples each": self.layout.samples},
+            "shards": {"finished": finished, "total": self.num_shards, "samples_per_shard": self.layout.samples},
             "shape": dict(zip(DIMENSION_NAMES, self.shape, strict=True)),
             "samples": {split: len(self.indices(split)) for split in self.split_names},
             "tokens": tokens,
@@ -169,34 +169,43 @@ class KVStore:
         start = shard * self.layout.samples
         return range(start, min(start + self.layout.samples, self.num_samples))
 
-    def _ledger_path(self, shard: int) -> Path:
+    def ledger_path(self, shard: int) -> Path:
         return self.path / "ledger" / "c" / str(shard) / "0"
 
     def record_shard(self, shard: int, checksums: NDArray[np.uint32]) -> None:
         """Enter a finished shard into the ledger: only now does it count."""
         data = checksums.astype("<u4").reshape(-1).view(np.uint8)
-        write_atomic(self._ledger_path(shard), data.tobytes() + crc32c(data).to_bytes(CRC_BYTES, "little"))
+        write_atomic(self.ledger_path(shard), data.tobytes() + crc32c(data).to_bytes(CRC_BYTES, "little"))
 
     def shard_checksums(self, shard: int) -> NDArray[np.uint32]:
         """Checksums `[samples, blocks]` of a shard's chunks. Raises StoreError for an unfinished shard."""
-        path = self._ledger_path(shard)
-        try:
-            data = np.fromfile(path, np.uint8)
-        except FileNotFoundError:
-            data = np.empty(0, np.uint8)
-        size = self.layout.samples * self.layout.blocks * 4
-        if len(data) != size + CRC_BYTES or crc32c(data[:size]).to_bytes(4, "little") != data[size:].tobytes():
+        checksums = self._ledger_entry(shard)
+        if checksums is None:
             raise StoreError(
                 f"shard {shard} of {self.path} is not in the ledger, or its entry is damaged",
-                expected=f"{size + CRC_BYTES} bytes with a valid checksum at {path}",
-                found=f"{len(data)} bytes",
-                remedy="Run the same `kvpipe extract` again to write the missing shards",
+                expected=f"valid checksums at {self.ledger_path(shard)}",
+                found="none",
+                remedy="Run the same `kvpipe extract` again: it writes the missing shards",
             )
+        return checksums
+
+    def _ledger_entry(self, shard: int) -> NDArray[np.uint32] | None:
+        try:
+            data = np.fromfile(self.ledger_path(shard), np.uint8)
+        except FileNotFoundError:
+            return None
+        size = self.layout.samples * self.layout.blocks * 4
+        if len(data) != size + CRC_BYTES or crc32c(data[:size]).to_bytes(4, "little") != data[size:].tobytes():
+            return None
         return data[:size].view("<u4").reshape(self.layout.samples, self.layout.blocks)
 
     def finished_shards(self) -> set[int]:
         """Shards that are whole, by the ledger. An array cannot tell: Zarr reads missing chunks as zeros."""
-        return {shard for shard in range(self.num_shards) if self._ledger_path(shard).is_file()}
+        return {
+            shard
+            for shard in range(self.num_shards)
+            if self.shard_path(shard).is_file() and self._ledger_entry(shard) is not None
+        }
 
     @property
     def complete(self) -> bool:

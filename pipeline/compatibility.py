@@ -58,3 +58,16 @@ def require_same_tokenizer(config: DistillConfig, student: PreTrainedModel, num_
         raise StoreError(
             "the student's vocabulary is too small", expected=f"at least {num_tokens}", found=vocabulary, remedy=remedy
         )
+
+
+def require_positions(student: PreTrainedModel, store: KVStore) -> None:
+    """Raise StoreError for samples longer than the student can read."""
+    limit = getattr(student.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    longest = int(store.length.max())
+    if limit is not None and longest > limit:
+        raise StoreError(
+            f"the student cannot read the longest sample of {store.path}",
+            expected=f"at most {limit} tokens",
+            found=longest,
+            remedy="Choose a student with more positions, or extract with fewer --max-tokens",
+        )

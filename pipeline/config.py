@@ -131,5 +131,5 @@ def parse_fields(document: Mapping[str, Any], hints: Mapping[str, Any], where: s
 
 def _refuse(name: str, expected: str, found: object) -> ConfigError:
     return ConfigError(
-        f"{name} makes no sense", expected=expected, found=found, remedy=f"Mend --{name.replace('_', '-')}"
+        f"{name} makes no sense", expected=expected, found=found, remedy=f"Mend {name} (--{name.replace('_', '-')})"
     )

@@ -27,7 +27,7 @@ from ..kvcache.files import write_atomic
 from ..kvcache.manifest import hash_json, hash_weights
 from ..kvcache.store import KVStore
 from .callbacks import MetricsFile, TrainingProgress
-from .compatibility import require_learnable, require_same_tokenizer, train_indices
+from .compatibility import require_learnable, require_positions, require_same_tokenizer, train_indices
 from .config import DistillConfig
 from .distiller import KVDistiller
 from .evaluate import evaluate_answers, evaluate_tokens
@@ -45,8 +45,8 @@ def find_store(store: Path | None) -> Path:
     found = sorted(Path("stores").glob("*.zarr"))
     if len(found) != 1:
         raise StoreError(
-            "which store?",
-            expected="one store under stores/",
+            "no single store to read",
+            expected="exactly one under stores/",
             found=", ".join(map(str, found)) or "none",
             remedy="Name one with --store, or write one with `kvpipe extract`",
         )
@@ -122,8 +122,9 @@ class _Parts:
 
 def _build(config: DistillConfig, store: KVStore) -> _Parts:
     tokenizer = tokenizer_from_files(store.tokenizer_files())
-    student = load_student(config.student, vocab_size=len(tokenizer), random_init=config.random_init, seed=config.seed)
+    student = load_student(config.student, tokenizer, random_init=config.random_init, seed=config.seed)
     require_same_tokenizer(config, student, len(tokenizer), store)
+    require_positions(student, store)
     train, held_out = train_indices(store, config), store.indices(config.eval_split).tolist()
     for split, indices in (("train", train), (config.eval_split, held_out)):
         require_learnable(store, split, indices)
@@ -189,8 +190,6 @@ def _build_aligner(
 
 
 def _arguments(config: DistillConfig, run: RunDirectory, device: torch.device) -> TrainingArguments:
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
     arguments = TrainingArguments(
         output_dir=str(run.checkpoints),
         learning_rate=config.learning_rate,
@@ -213,8 +212,12 @@ def _arguments(config: DistillConfig, run: RunDirectory, device: torch.device) -
         report_to="none",
         disable_tqdm=True,
     )
-    # One process, one GPU: DataParallel would cut the KV along its key/value axis.
-    arguments._n_gpu = min(arguments.n_gpu, 1)
+    if device.type == "cuda":
+        # One process, one GPU, and the one that was asked for: TrainingArguments picks the first, and DataParallel
+        # over several would cut the KV along its key/value axis.
+        arguments._n_gpu = min(arguments.n_gpu, 1)
+        arguments.__dict__["_setup_devices"] = torch.device("cuda", device.index or 0)
+        torch.cuda.set_device(device.index or 0)
     return arguments
 
 

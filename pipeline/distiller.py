@@ -33,7 +33,7 @@ class KVDistiller(nn.Module):
     ) -> dict[str, Tensor]:
         """`loss`, its parts `ce` and `kv`, and, where there is teacher KV, the `target` it was compared with."""
         if self.aligner is None or teacher_kv is None:
-            ce = next_token_loss(self.student(input_ids, attention_mask=attention_mask).logits, labels)
+            ce = next_token_loss(self.student(input_ids, attention_mask=attention_mask, use_cache=False).logits, labels)
             return {"loss": ce, "ce": ce.detach()}
         logits, student_kv = self.student_forward(input_ids, attention_mask)
         ce = next_token_loss(logits, labels)

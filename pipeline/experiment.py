@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.progress import Progress, TaskID
 
 from ..kvcache.errors import ConfigError
@@ -18,6 +19,7 @@ from .callbacks import read_metrics
 from .config import DistillConfig
 from .experiment_config import ExperimentConfig
 from .extract import extract
+from .models import resolve_device
 from .progress import progress_bar
 from .run_directory import RunDirectory, run_identity
 from .run_process import RunProcess
@@ -42,15 +44,22 @@ class ExperimentRuns:
     wall_seconds: float
 
 
-def run_experiment(config: ExperimentConfig, runs_dir: Path, jobs: int) -> ExperimentRuns:
-    """Extract if the store is not complete, then run what is missing, `jobs` at a time.
+def run_experiment(config: ExperimentConfig, runs_dir: Path, jobs: int | None = None) -> ExperimentRuns:
+    """Extract if the store is not complete, then run what is missing, `jobs` at a time: by default one a core, or
+    one on a GPU.
 
     A failed run is reported, not raised: the others go on. Raises ConfigError for `jobs` below one, and
     what `extract` raises.
     """
+    on_gpu = resolve_device(config.extract.device).type == "cuda"
+    if jobs is None:
+        jobs = 1 if on_gpu else os.cpu_count() or 1
     if jobs < 1:
         raise ConfigError("no such number of jobs", expected="at least 1", found=jobs, remedy="Mend --jobs")
     store = extract(config.extract).store
+    if on_gpu:
+        # The teacher is gone; what torch still holds for it, the runs can use.
+        torch.cuda.empty_cache()
     waiting = [(name, recipe) for name, recipe in config.runs if not _is_finished(runs_dir / name, recipe, store)]
     threads = max(1, (os.cpu_count() or 1) // jobs)
     start = time.perf_counter()

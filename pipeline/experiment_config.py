@@ -12,6 +12,7 @@ from typing import Any, get_type_hints
 from ..kvcache.errors import ConfigError
 from .config import MAX_SEED, DistillConfig, parse_fields
 from .extract import ExtractConfig, default_store
+from .stats import COMPARED_METRICS
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ def load_experiment(path: Path, overrides: Sequence[str] = ()) -> ExperimentConf
     arms = _arms(document, path)
     return ExperimentConfig(
         name=_name(document["name"], "name", path),
-        primary_metric=_name(document["primary_metric"], "primary_metric", path),
+        primary_metric=_metric(document["primary_metric"], path),
         seeds=_seeds(document["seeds"], path),
         extract=_extract_config(_table(document, "extract", path), path),
         arms=arms,
@@ -102,6 +103,12 @@ def _name(name: Any, key: str, path: Path) -> str:
     if not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]*", name):
         raise _refuse(path, key, "letters, digits, dots, dashes and underscores", repr(name))
     return name
+
+
+def _metric(metric: Any, path: Path) -> str:
+    if metric not in COMPARED_METRICS:
+        raise _refuse(path, "primary_metric", " or ".join(COMPARED_METRICS), metric)
+    return str(metric)
 
 
 def _arms(document: Mapping[str, Any], path: Path) -> dict[str, DistillConfig]:

@@ -138,7 +138,7 @@ def _manifest(
         schema_version=SCHEMA_VERSION,
         teacher=TeacherIdentity(
             name=config.model if config.model in builtin_teachers() else Path(config.model).name,
-            revision=config.revision or getattr(teacher.config, "_commit_hash", None) or "",
+            revision=getattr(teacher.config, "_commit_hash", None) or config.revision or "",
             config_hash=hash_config(teacher.config),
             weights_hash=hash_weights(teacher.state_dict().items()),
         ),

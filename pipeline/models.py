@@ -22,9 +22,9 @@ from transformers import (
 )
 
 from ..kvcache.errors import ConfigError, ModelError
+from ..kvcache.layout import LOGICAL_DTYPES
 
 BUILTIN_DIR = Path(str(files("kvpipe.data.builtin")))
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 def builtin_teachers() -> dict[str, Path]:
@@ -73,9 +73,11 @@ def resolve_dtype(name: str) -> torch.dtype | str:
     """`auto` keeps the dtype of the model's own weights. Raises ConfigError for an unknown name."""
     if name == "auto":
         return "auto"
-    if name not in DTYPES:
-        raise ConfigError("unknown dtype", expected=f"auto, {', '.join(DTYPES)}", found=name, remedy="Mend --dtype")
-    return DTYPES[name]
+    if name not in LOGICAL_DTYPES:
+        raise ConfigError(
+            "unknown dtype", expected=f"auto, {', '.join(LOGICAL_DTYPES)}", found=name, remedy="Mend --dtype"
+        )
+    return LOGICAL_DTYPES[name]
 
 
 def load_tokenizer(
@@ -105,7 +107,7 @@ def load_teacher(
 ) -> PreTrainedModel:
     """A causal LM in eval mode. Raises ModelError where it cannot be found or has no weights."""
     source = {"revision": revision, "trust_remote_code": trust_remote_code}
-    teacher = _load(AutoModelForCausalLM.from_pretrained, model, "model", "--model", dtype=dtype, **source)
+    teacher = _load_weights(model, "model", "--model", dtype=dtype, **source)
     teacher.base_model.register_forward_pre_hook(_count_forward)
     return teacher.to(device).eval()
 
@@ -149,25 +151,51 @@ def teacher_forwards() -> int:
     return _teacher_forwards
 
 
-def load_student(student: str, *, vocab_size: int, random_init: bool, seed: int) -> PreTrainedModel:
+def _load_weights(name: str, kind: str, option: str, **options: Any) -> PreTrainedModel:
+    """A causal LM whose every weight comes from its safetensors files. Raises ModelError where some are missing:
+    transformers would fill them at random."""
+    model, loaded = _load(
+        AutoModelForCausalLM.from_pretrained,
+        name,
+        kind,
+        option,
+        use_safetensors=True,
+        output_loading_info=True,
+        **options,
+    )
+    if missing := sorted(loaded["missing_keys"]):
+        raise ModelError(
+            f"the {kind} {name!r} lacks weights",
+            expected="every weight of its architecture",
+            found=f"{len(missing)} missing, such as {missing[0]}",
+            remedy=f"Complete its files, or mend {option}",
+        )
+    return model
+
+
+def load_student(student: str, tokenizer: PreTrainedTokenizerBase, *, random_init: bool, seed: int) -> PreTrainedModel:
     """The student, in float32: pretrained, or random from its config (see `starts_random`).
 
-    A random student takes `vocab_size` from the store's tokenizer. Its weights depend on `seed` alone.
+    A random student takes vocabulary and special tokens from `tokenizer`. Its weights depend on `seed` alone.
     Raises ModelError where it cannot be found.
     """
     set_seed(seed)
-    if starts_random(student, random_init):
-        config: PreTrainedConfig = _load(AutoConfig.from_pretrained, student, "student", "--student")
-        config.get_text_config(decoder=True).vocab_size = vocab_size
-        return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    return _load(AutoModelForCausalLM.from_pretrained, student, "student", "--student", dtype=torch.float32)
+    if not starts_random(student, random_init):
+        return _load_weights(student, "student", "--student", dtype=torch.float32)
+    config: PreTrainedConfig = _load(AutoConfig.from_pretrained, student, "student", "--student")
+    text_config = config.get_text_config(decoder=True)
+    text_config.vocab_size = len(tokenizer)
+    text_config.bos_token_id, text_config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+    # Padding is masked wherever it stands; an id of another vocabulary would not even fit the embedding.
+    text_config.pad_token_id = None
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 
 
 def starts_random(student: str, random_init: bool) -> bool:
     """Whether a student starts from random weights: asked for, or a config without weights."""
     path = Path(locate(student))
     if path.is_dir():
-        return random_init or not any(path.glob("*.safetensors*"))
+        return random_init or (not any(path.glob("*.safetensors*")) and not any(path.glob("*.bin")))
     return random_init or path.suffix == ".json"
 
 

@@ -36,7 +36,8 @@ def target_health(target: Float[Tensor, "L 2 B H T D"], mask: Int[Tensor, "B T"]
 
 def effective_rank(centred: Float[Tensor, "N F"]) -> float:
     """exp of the entropy of the normalised singular values (Roy & Vetterli, 2007): from 1 to min(N, F)."""
-    singular = torch.linalg.svdvals(centred)
+    # Through the Gram matrix: a decomposition of [F, F], however many tokens.
+    singular = torch.linalg.eigvalsh(centred.double().T @ centred.double()).clamp_min(0).sqrt()
     share = singular / singular.sum().clamp_min(1e-12)
     return float(torch.exp(-(share * share.clamp_min(1e-12).log()).sum()))
 

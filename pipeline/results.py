@@ -15,9 +15,7 @@ from ..kvcache.store import KVStore
 from .callbacks import read_metrics
 from .experiment import ExperimentRuns
 from .experiment_config import ExperimentConfig
-from .stats import Comparison, adjust, compare
-
-SECONDARY_METRICS = ("ce_auc", "exact_match", "token_accuracy")
+from .stats import COMPARED_METRICS, Comparison, adjust, compare
 
 Curve = list[tuple[int, float]]
 
@@ -57,6 +55,7 @@ class Results:
     primary_metric: str
     runs: list[RunResult]
     failures: dict[str, str]
+    wall_seconds: float
     comparisons: dict[str, list[Comparison]]
     savings: Savings
     store: dict[str, Any]
@@ -70,28 +69,21 @@ class Results:
 
 
 def collect(config: ExperimentConfig, outcome: ExperimentRuns, runs_dir: Path) -> Results:
-    """Gather and compare. Raises ConfigError where two runs of a seed are not a pair, or a metric is unknown."""
+    """Gather and compare. Raises ConfigError where two runs of a seed are not a pair."""
     runs = [
         _run_result(name, name.rsplit("-seed", 1)[0], recipe.seed, outcome.records[name], runs_dir)
         for name, recipe in config.runs
         if name in outcome.records
     ]
     _require_pairs(runs)
-    metrics = dict.fromkeys([config.primary_metric, *SECONDARY_METRICS])
-    if runs and config.primary_metric not in runs[0].scores:
-        raise ConfigError(
-            "unknown primary metric",
-            expected=", ".join(runs[0].scores),
-            found=config.primary_metric,
-            remedy="Mend primary_metric in the experiment file",
-        )
     store = KVStore.open(config.extract.store)
     return Results(
         name=config.name,
         primary_metric=config.primary_metric,
         runs=runs,
         failures=outcome.failures,
-        comparisons={metric: _compare_all(config, runs, metric) for metric in metrics},
+        wall_seconds=outcome.wall_seconds,
+        comparisons={metric: _compare_all(config, runs, metric) for metric in _metrics(config)},
         savings=_savings(runs, store),
         store=store.summary(),
         commands={
@@ -99,6 +91,11 @@ def collect(config: ExperimentConfig, outcome: ExperimentRuns, runs_dir: Path) -
             for arm, recipe in config.arms.items()
         },
     )
+
+
+def _metrics(config: ExperimentConfig) -> list[str]:
+    """The primary metric first."""
+    return list(dict.fromkeys([config.primary_metric, *COMPARED_METRICS]))
 
 
 def _run_result(name: str, arm: str, seed: int, record: dict[str, Any], runs_dir: Path) -> RunResult:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..kvcache.errors import ConfigError
-from ..kvcache.files import write_atomic
+from ..kvcache.files import PARTIAL, write_atomic
 from ..kvcache.manifest import first_difference
 from ..kvcache.store import KVStore
 from .config import DistillConfig
@@ -37,7 +37,11 @@ class RunDirectory:
         """Take the folder for a run. With `overwrite` the run in it goes first."""
         self.require_free(identity, overwrite=overwrite)
         if overwrite and self.path.exists():
-            shutil.rmtree(self.path)
+            # Renamed first: an interruption never leaves a folder that is half a run.
+            discarded = self.path.with_name(f".{self.path.name}{PARTIAL}")
+            shutil.rmtree(discarded, ignore_errors=True)
+            self.path.rename(discarded)
+            shutil.rmtree(discarded)
         write_atomic(self.path / "config.json", _pretty(identity))
 
     def require_free(self, identity: dict[str, Any], *, overwrite: bool) -> None:
@@ -58,10 +62,8 @@ class RunDirectory:
         """A model's folder has a config.json too, and must never be overwritten."""
         try:
             return json.loads((self.path / "config.json").read_text()).keys() == {"config", "store"}
-        except (FileNotFoundError, NotADirectoryError, AttributeError):
+        except (FileNotFoundError, NotADirectoryError, AttributeError, ValueError):
             return False
-        except json.JSONDecodeError:
-            return True
 
     def _require_same(self, identity: dict[str, Any]) -> None:
         if difference := first_difference(identity, _read(self.path / "config.json") or {}):
@@ -70,7 +72,7 @@ class RunDirectory:
                 f"{self.path} holds another run ({name} differs)",
                 expected=expected,
                 found=found,
-                remedy="Choose another --output-dir, or replace it with --overwrite",
+                remedy="Choose another folder with --output-dir, or delete this one (`distill --overwrite` does)",
             )
 
     def last_checkpoint(self) -> Path | None:

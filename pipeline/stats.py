@@ -20,6 +20,9 @@ MIN_SEEDS = 6
 ROUNDING = 1e-12
 """A spread below this share of the mean is float64's, not the seeds'."""
 
+COMPARED_METRICS = ("ce", "ce_auc", "exact_match", "token_accuracy")
+"""What every comparison is made on; an experiment declares one of them as primary."""
+
 LOWER_IS_BETTER = {"ce", "ce_auc", "nmse_key", "nmse_value"}
 
 

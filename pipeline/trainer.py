@@ -57,16 +57,11 @@ class DistillTrainer(Trainer):
     # ------------------------------------------------------------------ data
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        workers = self.args.dataloader_num_workers
         loader = DataLoader(
             self.train_dataset,
             batch_sampler=self._batches,
             collate_fn=_as_is,
-            num_workers=workers,
             pin_memory=self.args.dataloader_pin_memory,
-            persistent_workers=workers > 0,
-            # Never forked: threads of the parent do not survive a fork, their locks do.
-            multiprocessing_context="spawn" if workers else None,
         )
         return self.accelerator.prepare(loader)
 
@@ -105,7 +100,7 @@ class DistillTrainer(Trainer):
         outputs = model(**inputs)
         for part in ("ce", "kv"):
             if part in outputs:
-                self._part_sums[part] = self._part_sums.get(part, torch.zeros(())) + outputs[part].cpu()
+                self._part_sums[part] = outputs[part] + self._part_sums.get(part, 0)
         self._part_steps += 1
         if "target" in outputs and self.state.global_step % self.args.logging_steps == 0:
             self._check_collapse(outputs["target"], inputs["attention_mask"])

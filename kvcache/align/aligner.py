@@ -72,7 +72,7 @@ class Aligner(nn.Module):
         self, student_kv: Float[Tensor, "Ls 2 B Hs T Ds"], teacher_kv: Shaped[Tensor, "Lt 2 B Ht T Dt"]
     ) -> tuple[Float[Tensor, "Ls 2 B H T D"], Float[Tensor, "Ls 2 B H T D"]]:
         """(prediction, target), both in the space of the projection's output."""
-        selected = teacher_kv[list(self.config.layer_map)].to(student_kv.dtype)
+        selected = teacher_kv[list(self.config.layer_map)].float()
         normalised = (selected - self.mean) / self.std
         if self.config.direction == "student-to-teacher":
             return self.projection(student_kv), normalised

@@ -119,7 +119,7 @@ DISTILL_CASES = {
     "half a store": _distill("--store", "half.zarr", says=("half.zarr is incomplete", "expected 6 shards, found 5")),
     "half its metadata": _distill("--store", "torn.zarr", says=("torn.zarr is not a KV store, or its metadata",)),
     "lost its tokens": _distill("--store", "lost.zarr", says=("input_ids in", "is damaged", "expected", "found")),
-    "which store": Case(["distill"], ("expected one store under stores/, found none", "--store")),
+    "which store": Case(["distill"], ("expected exactly one under stores/, found none", "--store")),
     "inspect nothing": Case(["inspect", "no.zarr"], ("no KV store at no.zarr", "found nothing")),
     "inspect a folder": Case(["inspect", "folder"], ("found a folder without zarr.json",)),
     "no experiment": Case(["experiment", "run", "no.toml"], ("no experiment file at no.toml", "expected a .toml file")),

@@ -218,7 +218,7 @@ def test_a_repeated_command_repeats_no_work(
         [
             ["extract", "--model", teacher, *extraction],
             [*distill, *to_run],
-            [*distill, *to_run, "--learning-rate", 0.001],
+            [*distill, *to_run, "--learning-rate", 0.003],
             [*distill, *to_model, "--overwrite"],
             [*distill, *to_run, "--overwrite", "--student", "nosuch"],
             [*distill, *to_run, "--overwrite", "--max-steps", 1],
@@ -232,8 +232,8 @@ def test_a_repeated_command_repeats_no_work(
     assert finished.seconds < 2
     assert refused.code == 2
     assert refused.error_lines == [
-        f"Error: {tmp_path / 'run'} holds another run (config.learning_rate differs): expected 0.001, found 0.002. "
-        "Choose another --output-dir, or replace it with --overwrite"
+        f"Error: {tmp_path / 'run'} holds another run (config.learning_rate differs): expected 0.003, found 0.001. "
+        "Choose another folder with --output-dir, or delete this one (`distill --overwrite` does)"
     ]
     assert model.code == 2
     assert "is not a run directory" in model.stderr

@@ -92,7 +92,7 @@ def test_a_mapping_brings_the_config_back_through_json(config: DistillConfig) ->
     ],
 )
 def test_a_value_that_makes_no_sense_is_refused_by_name(name: str, value: object) -> None:
-    with pytest.raises(ConfigError, match=rf"^{name} makes no sense: .* Mend --{name.replace('_', '-')}$"):
+    with pytest.raises(ConfigError, match=rf"^{name} makes no sense: .* Mend {name} \(--{name.replace('_', '-')}\)$"):
         DistillConfig(**{name: value})
     with pytest.raises(ConfigError, match=rf"^runs.toml: {name} makes no sense"):
         DistillConfig.from_mapping({name: value}, "runs.toml")

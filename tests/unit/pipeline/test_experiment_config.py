@@ -161,3 +161,8 @@ def test_overrides_replace_values_of_the_file_and_are_checked_like_them(write: W
     for override in ("base.epoch=1", "nothing", "name.deeper=1", "extract.samples=many"):
         with pytest.raises(ConfigError, match="found"):
             load_experiment(path, [override])
+
+
+def test_an_unknown_primary_metric_is_refused_before_anything_runs(write: Write) -> None:
+    with pytest.raises(ConfigError, match=r"primary_metric: expected ce or ce_auc or .*, found perplexity"):
+        load_experiment(write(GOOD.replace('primary_metric = "ce"', 'primary_metric = "perplexity"')))
