@@ -12,9 +12,11 @@ from side_by_side import HEADER
 
 
 def main() -> None:
-    rows = [extraction.measure(), extraction.measure(dtype="float32"), *steps.measure(), *total.measure()]
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {platform.machine()}\n")  # noqa: T201
-    print(HEADER, *(found.row for found in rows), sep="\n")  # noqa: T201
+    print(HEADER)  # noqa: T201
+    for measure in (extraction.measure_all, steps.measure, total.measure):
+        for found in measure():
+            print(found.row, flush=True)  # noqa: T201
 
 
 if __name__ == "__main__":

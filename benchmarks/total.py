@@ -35,7 +35,7 @@ class LiveTeacherDataset(KVDataset):
         if LiveTeacherDataset.teacher is None:
             LiveTeacherDataset.teacher = load_teacher("qwen", dtype="auto", device=torch.device("cpu"))
 
-    @torch.inference_mode()
+    @torch.no_grad()  # not inference mode: the aligner's backward needs these tensors
     def __getitems__(self, indices: Sequence[int]) -> Batch:
         reader, self.reader = self.reader, None
         batch = super().__getitems__(indices)

@@ -111,8 +111,10 @@ def test_a_deleted_ledger_entry_is_refused(own_store: tuple[KVStore, Tensor]) ->
 
 def test_a_deleted_shard_is_refused(own_store: tuple[KVStore, Tensor]) -> None:
     store, kv = own_store
-    store.shard_path(1).unlink()
     reader = KVReader(store)
+    store.shard_path(1).unlink()
+    with pytest.raises(StoreError, match="is incomplete"):
+        KVReader(store)
     with pytest.raises(StoreError, match=r"shard 1 of .* is damaged at sample 3.*No such file"):
         reader.read([0, 3])
     assert torch.equal(reader.read([0, 5], 64), kv[:, :, [0, 5]])

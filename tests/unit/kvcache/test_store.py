@@ -178,8 +178,9 @@ def test_a_failed_creation_leaves_nothing(make_store: MakeStore, tmp_path_factor
 
 def test_only_the_ledger_says_what_is_finished(make_store: MakeStore) -> None:
     store, _ = make_store([5, 40, 33, 2, 1], fill=False)
-    store.shard_path(1).parent.mkdir(parents=True)
-    store.shard_path(1).write_bytes(b"a shard without an entry")
+    for shard in range(3):
+        store.shard_path(shard).parent.mkdir(parents=True)
+        store.shard_path(shard).write_bytes(b"a shard without an entry")
     assert store.finished_shards() == set()
     checksums = np.array([[1, 2], [3, 4]], np.uint32)
     store.record_shard(1, checksums)
@@ -192,11 +193,15 @@ def test_only_the_ledger_says_what_is_finished(make_store: MakeStore) -> None:
     store.record_shard(2, checksums)
     store.require_complete()
     assert KVStore.open(store.path).complete
+    store.shard_path(2).unlink()
+    assert store.finished_shards() == {0, 1}, "an entry without its shard counts no more than a shard without entry"
+    store.ledger_path(0).write_bytes(b"damaged")
+    assert store.finished_shards() == {1}
 
 
 def test_a_missing_entry_is_named(make_store: MakeStore) -> None:
     store, _ = make_store([5, 40, 33], fill=False)
-    with pytest.raises(StoreError, match=r"shard 1 of .* is not in the ledger.*found 0 bytes"):
+    with pytest.raises(StoreError, match=r"shard 1 of .* is not in the ledger.*found none"):
         store.shard_checksums(1)
 
 
