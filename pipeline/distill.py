@@ -89,19 +89,11 @@ def distill(
     _save(parts, run)
     record = {
         "name": run_dir.name,
-        "config": config.to_dict(),
         "store": {"path": str(store_path), "manifest": store.manifest.hash},
-        "steps": trainer.state.global_step,
         "resumed_from": checkpoint.name if checkpoint else None,
-        "parameters": {"student": _trainable(parts.distiller.student), "aligner": _trainable(parts.distiller.aligner)},
         "metrics": metrics,
-        "collapsed": trainer.monitor.collapsed,
+        **_description(parts, trainer, config, resolved),
         **_costs(trainer, started, setup_done, train_done),
-        "peak_memory_bytes": _peak_memory(resolved),
-        "teacher_forwards": teacher_forwards(),
-        "pairing": parts.pairing,
-        "device": str(resolved),
-        "versions": _versions(),
     }
     run.finish(record)
     return record
@@ -249,6 +241,21 @@ def _save(parts: _Parts, run: RunDirectory) -> None:
 
 def _trainable(module: torch.nn.Module | None) -> int:
     return sum(p.numel() for p in module.parameters() if p.requires_grad) if module is not None else 0
+
+
+def _description(parts: _Parts, trainer: DistillTrainer, config: DistillConfig, device: torch.device) -> dict[str, Any]:
+    """What ran, on what, and how it went, apart from its metrics and its costs."""
+    return {
+        "config": config.to_dict(),
+        "steps": trainer.state.global_step,
+        "parameters": {"student": _trainable(parts.distiller.student), "aligner": _trainable(parts.distiller.aligner)},
+        "collapsed": trainer.monitor.collapsed,
+        "peak_memory_bytes": _peak_memory(device),
+        "teacher_forwards": teacher_forwards(),
+        "pairing": parts.pairing,
+        "device": str(device),
+        "versions": _versions(),
+    }
 
 
 def _costs(trainer: DistillTrainer, started: float, setup_done: float, train_done: float) -> dict[str, Any]:
