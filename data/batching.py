@@ -45,7 +45,7 @@ class ShuffledBatches(Sampler[list[int]]):
         batch_size: int,
         seed: int,
         samples_per_shard: int,
-        window_shards: int = 4,
+        window_shards: int = 16,
     ) -> None:
         self.batch_size = batch_size
         self._indices, self._lengths, self._seed, self._epoch = indices, lengths, seed, 0

@@ -3,30 +3,64 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 PARTIAL = ".partial"
 
 
+class PartialFile:
+    """A file under a temporary name, written piece by piece: `commit` puts it in place, `discard` leaves nothing.
+
+    Its OSErrors name the file that was wanted, which a full disk does not say of itself.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._partial = path.with_name(f"{path.name}{PARTIAL}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = self._partial.open("wb", buffering=0)
+
+    def write_at(self, data: bytes | memoryview, offset: int) -> None:
+        """Write all of `data`, one byte an item, at an offset."""
+        view = memoryview(data)
+        with self._naming():
+            while len(view):
+                done = os.pwrite(self._file.fileno(), view, offset)
+                view, offset = view[done:], offset + done
+
+    def commit(self) -> None:
+        """Flush to the disk, then rename into place."""
+        with self._naming():
+            os.fsync(self._file.fileno())
+            self._file.close()
+            self._partial.replace(self._path)
+            _sync_directory(self._path.parent)
+
+    def discard(self) -> None:
+        """Close and remove what was written."""
+        self._file.close()
+        self._partial.unlink(missing_ok=True)
+
+    @contextmanager
+    def _naming(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            error.filename = error.filename or str(self._path)
+            raise
+
+
 def write_atomic(path: Path, data: bytes | memoryview) -> None:
     """Write `data` under a temporary name, flush it to the disk, then rename it into place."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}{PARTIAL}")
+    file = PartialFile(path)
     try:
-        with partial.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        # A full disk does not say which file it was.
-        error.filename = error.filename or str(path)
-        raise
+        file.write_at(data, 0)
+        file.commit()
     except BaseException:
-        partial.unlink(missing_ok=True)
+        file.discard()
         raise
-    _sync_directory(path.parent)
 
 
 def _sync_directory(directory: Path) -> None:

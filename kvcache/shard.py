@@ -4,7 +4,7 @@ A shard file is its non-empty chunks, each followed by a little-endian crc32c, t
 (offset, nbytes) uint64 pairs in C order of the chunk grid, then the index's own crc32c. Empty chunks
 are left out and have all-ones entries. See the Zarr v3 specification, "Sharding codec".
 
-Writing it here costs one copy from the model's tensors to the file's bytes, and lets a sample be read
+Writing it here costs one copy from the staged tensors to the file's bytes, and lets a sample be read
 as one contiguous range; zarr-python and tensorstore read the same files (tests/unit/kvcache/test_shard.py).
 """
 
@@ -13,11 +13,15 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
+
+from .files import PartialFile
 
 CRC_BYTES = 4
 EMPTY = -1  # all ones in the file's uint64
@@ -62,69 +66,77 @@ def crc32c(data: NDArray[np.uint8]) -> int:
     return int(google_crc32c.value(data))
 
 
-class ShardBuilder:
-    """Fills one shard in memory, in the byte order of its file.
+class ShardFile:
+    """Writes one shard to `path`, sample by sample and straight to its place in the file.
 
-    `lengths` are the token counts of the shard's samples; tokens past a sample's length stay zero.
+    `lengths` are the token counts of the shard's samples: with them every offset is known beforehand, so no
+    sample waits in memory for another. Tokens past a sample's length become zero. Nothing is at `path` before `finish`.
     """
 
-    def __init__(self, layout: ShardLayout, lengths: NDArray[np.integer[Any]]) -> None:
+    def __init__(self, path: Path, layout: ShardLayout, lengths: NDArray[np.integer[Any]]) -> None:
         self.layout = layout
         self.lengths = [int(length) for length in lengths]
         self._missing = set(range(len(self.lengths)))
-        counts = [layout.blocks_of(length) for length in self.lengths]
-        self._first = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-        data_bytes = int(self._first[-1]) * layout.record_bytes
-        self._bytes = np.zeros(data_bytes + layout.index_bytes, dtype=np.uint8)
-        self._records = self._bytes[:data_bytes].reshape(-1, layout.record_bytes)
+        self._first = np.cumsum([0] + [layout.blocks_of(length) for length in self.lengths]).tolist()
+        self._checksums = np.zeros((layout.samples, layout.blocks), dtype=np.uint32)
+        self._file = PartialFile(path)
 
     @property
     def remaining(self) -> int:
         """Samples that have not come yet."""
         return len(self._missing)
 
-    def add(self, row: int, layers: list[tuple[NDArray[Any], NDArray[Any]]]) -> None:
-        """Copy in sample `row` of the shard: per layer its key and value `[H, T, D]`, T >= its length.
+    @property
+    def nbytes(self) -> int:
+        """Size of the finished file."""
+        return int(self._first[-1]) * self.layout.record_bytes + self.layout.index_bytes
+
+    def add(self, row: int, kv: NDArray[Any]) -> None:
+        """Write sample `row` of the shard: `[L, 2, H, T, D]`, T >= its length.
 
         Raises ValueError for KV of another shape or dtype: NumPy would broadcast and cast it without a word.
         """
-        length, block = self.lengths[row], self.layout.block
-        self._check(length, layers)
-        for blk in range(self.layout.blocks_of(length)):
-            record = self._records[self._first[row] + blk, : self.layout.chunk_bytes]
-            chunk = record.view(self.layout.dtype).reshape(self.layout.chunk_shape)
-            start, stop = blk * block, min(length, (blk + 1) * block)
-            for layer, pair in enumerate(layers):
-                for kv, tensor in enumerate(pair):
-                    chunk[layer, kv, 0, :, : stop - start] = tensor[:, start:stop]
+        length, layout = self.lengths[row], self.layout
+        self._check(length, kv)
+        records = np.empty((layout.blocks_of(length), layout.record_bytes), np.uint8)
+        for blk, record in enumerate(records):
+            start = blk * layout.block
+            filled = min(layout.block, length - start)
+            data = record[: layout.chunk_bytes]
+            chunk = data.view(layout.dtype).reshape(layout.chunk_shape)[:, :, 0]
+            chunk[:, :, :, :filled] = kv[:, :, :, start : start + filled]
+            chunk[:, :, :, filled:] = 0
+            self._checksums[row, blk] = crc32c(data)
+            record[layout.chunk_bytes :] = _le32(int(self._checksums[row, blk]))
+        self._file.write_at(records.reshape(-1).data, self._first[row] * layout.record_bytes)
         self._missing.discard(row)
 
-    def _check(self, length: int, layers: list[tuple[NDArray[Any], NDArray[Any]]]) -> None:
+    def _check(self, length: int, kv: NDArray[Any]) -> None:
         layout = self.layout
-        found = {(len(t), t.shape[1] >= length, *t.shape[2:], t.dtype.str) for pair in layers for t in pair}
-        expected = (layout.num_kv_heads, True, layout.head_dim, layout.dtype.str)
-        if len(layers) != layout.num_layers or found != {expected}:
-            shapes = [(t.shape, t.dtype.name) for pair in layers for t in pair]
+        expected = (layout.num_layers, 2, layout.num_kv_heads, layout.head_dim, layout.dtype)
+        if kv.ndim != 5 or (*kv.shape[:3], kv.shape[4], kv.dtype) != expected or kv.shape[3] < length:
             raise ValueError(
-                f"KV that does not fit the store: expected {layout.num_layers} layers of [H, T, D] = "
-                f"[{layout.num_kv_heads}, >={length}, {layout.head_dim}] {layout.dtype.name}, found {shapes}"
+                f"KV that does not fit the store: expected [L, 2, H, T, D] = [{layout.num_layers}, 2, "
+                f"{layout.num_kv_heads}, >={length}, {layout.head_dim}] {layout.dtype.name}, "
+                f"found {list(kv.shape)} {kv.dtype.name}"
             )
 
-    def finish(self) -> tuple[NDArray[np.uint8], NDArray[np.uint32]]:
-        """The file's bytes, and the checksums `[samples, blocks]` of its chunks (0 where a chunk is empty)."""
+    def finish(self) -> NDArray[np.uint32]:
+        """Write the index and put the file in place. Returns the checksums `[samples, blocks]` of its chunks,
+        0 where a chunk is empty."""
         layout = self.layout
         index = np.full((layout.samples, layout.blocks, 2), EMPTY, dtype="<i8")
-        checksums = np.zeros((layout.samples, layout.blocks), dtype=np.uint32)
-        for row in range(len(self.lengths)):
-            for blk, record in enumerate(range(self._first[row], self._first[row + 1])):
-                checksum = crc32c(self._records[record, : layout.chunk_bytes])
-                self._records[record, layout.chunk_bytes :] = _le32(checksum)
-                checksums[row, blk] = checksum
-                index[row, blk] = record * layout.record_bytes, layout.record_bytes
-        tail = self._bytes[len(self._bytes) - layout.index_bytes :]
-        tail[:-CRC_BYTES] = index.reshape(-1).view(np.uint8)
-        tail[-CRC_BYTES:] = _le32(crc32c(tail[:-CRC_BYTES]))
-        return self._bytes, checksums
+        for row, (first, last) in enumerate(pairwise(self._first)):
+            index[row, : last - first, 0] = np.arange(first, last) * layout.record_bytes
+            index[row, : last - first, 1] = layout.record_bytes
+        tail = index.reshape(-1).view(np.uint8)
+        self._file.write_at(tail.tobytes() + _le32(crc32c(tail)).tobytes(), self.nbytes - layout.index_bytes)
+        self._file.commit()
+        return self._checksums
+
+    def discard(self) -> None:
+        """Give up: nothing is left on the disk."""
+        self._file.discard()
 
 
 def read_index(data: NDArray[np.uint8], layout: ShardLayout) -> NDArray[np.int64]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import queue
 import threading
 import time
@@ -12,9 +13,8 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from .files import write_atomic
 from .layout import to_storage
-from .shard import ShardBuilder
+from .shard import ShardFile
 from .store import KVStore
 
 Pairs = list[tuple[Tensor, Tensor]]
@@ -22,27 +22,34 @@ Pairs = list[tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class _Batch:
+    """Samples at `indices` of the store; `kv` `[L, 2, B, H, T, D]` lies in `buffer` once `copied` has happened."""
+
     indices: list[int]
-    pairs: Pairs
+    kv: Tensor
+    buffer: Tensor
     copied: torch.cuda.Event | None
 
 
 class ShardWriter:
-    """Collects captured batches into shards and writes each shard once its last sample has come.
+    """Writes captured batches into shards; a shard appears once its last sample has come.
 
-    Batches may come in any order; samples of shards that are not in `shards` are ignored. Memory is
-    bounded by the shards in progress and `queue_size` batches. A failure in the thread is raised, as the
-    error it was, by the next `put` or by leaving the context. Unfinished shards are dropped, never written.
+    Batches may come in any order; samples of shards that are not in `shards` are ignored. Memory is bounded by
+    `queue_size + 1` batches. A failure in the thread is raised, as the error it was, by the next `put` or by
+    leaving the context. Unfinished shards are dropped, never left behind.
     """
 
     def __init__(self, store: KVStore, shards: Iterable[int], queue_size: int = 2) -> None:
         self.bytes_written = 0
-        self.shards_written = 0
         self.wait_seconds = 0.0
         self._store = store
         self._pending = set(shards)
-        self._building: dict[int, ShardBuilder] = {}
-        self._queue: queue.Queue[_Batch | None] = queue.Queue(queue_size)
+        self._files: dict[int, ShardFile] = {}
+        # Batches are copied out of the model's memory into the same few buffers: a model whose KV is held
+        # back has to compute the next batch in fresh pages, which costs more than the copy.
+        self._buffers: queue.Queue[Tensor] = queue.Queue()
+        for _ in range(queue_size + 1):
+            self._buffers.put(torch.empty(0))
+        self._queue: queue.Queue[_Batch | None] = queue.Queue()
         self._error: BaseException | None = None
         self._stream: torch.cuda.Stream | None = None
         self._thread = threading.Thread(target=self._run, name="kvpipe-writer", daemon=True)
@@ -52,37 +59,47 @@ class ShardWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        start = time.perf_counter()
         self._queue.put(None)
         self._thread.join()
+        self.wait_seconds += time.perf_counter() - start
+        for file in self._files.values():
+            file.discard()
         if self._error is not None and error is None:
             raise self._error
 
+    @torch.no_grad()
     def put(self, indices: Sequence[int], pairs: Pairs) -> None:
-        """Hand over one batch: positions in the store, and per layer key and value `[B, H, T, D]`.
+        """Hand over one batch: positions in the store, and per layer key and value, all of one shape `[B, H, T, D]`.
 
-        Returns as soon as the queue has room; `wait_seconds` counts the time it had none.
+        Returns as soon as a buffer is free and the copy into it has begun; `wait_seconds` counts the time none was.
         """
         if self._error is not None:
             raise self._error
-        batch = self._to_host(list(indices), pairs)
         start = time.perf_counter()
-        self._queue.put(batch)
+        buffer = self._buffers.get()
         self.wait_seconds += time.perf_counter() - start
+        self._queue.put(self._stage(list(indices), pairs, buffer))
 
-    def _to_host(self, indices: list[int], pairs: Pairs) -> _Batch:
-        """On CUDA: start the copy into pinned memory on a side stream, so that compute goes on."""
-        device = pairs[0][0].device
-        if device.type != "cuda":
-            return _Batch(indices, pairs, None)
-        self._stream = self._stream or torch.cuda.Stream(device)
-        self._stream.wait_stream(torch.cuda.current_stream(device))
+    def _stage(self, indices: list[int], pairs: Pairs, buffer: Tensor) -> _Batch:
+        first = pairs[0][0]
+        shape = (len(pairs), 2, *first.shape)
+        if len(buffer) < math.prod(shape) or buffer.dtype != first.dtype:
+            buffer = torch.empty(math.prod(shape), dtype=first.dtype, pin_memory=first.is_cuda)
+        kv = buffer[: math.prod(shape)].view(shape)
+        if not first.is_cuda:
+            _copy(pairs, kv)
+            return _Batch(indices, kv, buffer, None)
+        # A side stream copies while the teacher computes on.
+        self._stream = self._stream or torch.cuda.Stream(first.device)
+        self._stream.wait_stream(torch.cuda.current_stream(first.device))
         with torch.cuda.stream(self._stream):
             for tensor in (tensor for pair in pairs for tensor in pair):
                 tensor.record_stream(self._stream)
-            host = [(key.to("cpu", non_blocking=True), value.to("cpu", non_blocking=True)) for key, value in pairs]
+            _copy(pairs, kv)
             copied = torch.cuda.Event()
             copied.record(self._stream)
-        return _Batch(indices, host, copied)
+        return _Batch(indices, kv, buffer, copied)
 
     def _run(self) -> None:
         while (batch := self._queue.get()) is not None:
@@ -91,32 +108,36 @@ class ShardWriter:
                     self._store_batch(batch)
                 except BaseException as error:  # noqa: BLE001 - handed to the main thread as it is
                     self._error = error
-            del batch
+            self._buffers.put(batch.buffer)
 
     def _store_batch(self, batch: _Batch) -> None:
         if batch.copied is not None:
             batch.copied.synchronize()
-        arrays = [(to_storage(key), to_storage(value)) for key, value in batch.pairs]
+        kv = to_storage(batch.kv)
         for row, index in enumerate(batch.indices):
             shard, position = divmod(index, self._store.layout.samples)
             if shard not in self._pending:
                 continue
-            builder = self._builder(shard)
-            builder.add(position, [(key[row], value[row]) for key, value in arrays])
-            if builder.remaining == 0:
+            file = self._file(shard)
+            file.add(position, kv[:, :, row])
+            if file.remaining == 0:
                 self._finish(shard)
 
-    def _builder(self, shard: int) -> ShardBuilder:
-        if shard not in self._building:
+    def _file(self, shard: int) -> ShardFile:
+        if shard not in self._files:
             samples = self._store.shard_samples(shard)
             lengths = self._store.length[samples.start : samples.stop]
-            self._building[shard] = ShardBuilder(self._store.layout, lengths)
-        return self._building[shard]
+            self._files[shard] = ShardFile(self._store.shard_path(shard), self._store.layout, lengths)
+        return self._files[shard]
 
     def _finish(self, shard: int) -> None:
-        data, checksums = self._building.pop(shard).finish()
-        write_atomic(self._store.shard_path(shard), data.data)
+        checksums = self._files[shard].finish()
+        self.bytes_written += self._files.pop(shard).nbytes
         self._store.record_shard(shard, checksums)
         self._pending.discard(shard)
-        self.bytes_written += len(data)
-        self.shards_written += 1
+
+
+def _copy(pairs: Pairs, kv: Tensor) -> None:
+    for layer, pair in zip(kv, pairs, strict=True):
+        for target, tensor in zip(layer, pair, strict=True):
+            target.copy_(tensor, non_blocking=True)

@@ -47,6 +47,13 @@ AUTO_BATCH_TOKENS = {"cpu": 2048, "cuda": 32768}
 WINDOW_BATCHES = 8
 """Samples are grouped by length within windows of whole shards that hold about this many batches."""
 
+MAX_OPEN_SHARDS = 64
+"""Shards of a window are written side by side, each through a file handle of its own."""
+
+SHARDS_OF_SMALL_STORE = 16
+MIN_SHARD_BYTES = 16_000_000
+"""A small store is cut into several shards as well: an interruption costs a shard, not half of the store."""
+
 
 @dataclass(frozen=True)
 class ExtractConfig:
@@ -172,7 +179,8 @@ def _open_or_create(
         return store
     geometry = _probe(teacher, tokens[0])
     table = _sample_table(corpus, tokens)
-    _require_space(config.store, padded_bytes(table.length, geometry))
+    num_bytes = padded_bytes(table.length, geometry)
+    _require_space(config.store, num_bytes)
     return create_store(
         config.store,
         manifest,
@@ -180,7 +188,7 @@ def _open_or_create(
         geometry,
         tokenizer_files=tokenizer_files(tokenizer),
         truncated=sum(sample.truncated for sample in tokens),
-        shard_bytes=config.max_shard_bytes,
+        shard_bytes=min(config.max_shard_bytes, max(num_bytes // SHARDS_OF_SMALL_STORE, MIN_SHARD_BYTES)),
     )
 
 
@@ -241,7 +249,8 @@ def plan_batches(store: KVStore, config: ExtractConfig, device: torch.device, mi
     """
     max_tokens = AUTO_BATCH_TOKENS[device.type]
     mean_batch = config.batch_size or max(1, max_tokens // int(store.length.mean()))
-    window = max(1, -(-WINDOW_BATCHES * mean_batch // store.layout.samples))
+    one_batch, window = (-(-count * mean_batch // store.layout.samples) for count in (1, WINDOW_BATCHES))
+    window = max(min(window, MAX_OPEN_SHARDS), one_batch)
     for first in range(0, store.num_shards, window):
         last = min(first + window, store.num_shards) - 1
         samples = range(store.shard_samples(first).start, store.shard_samples(last).stop)

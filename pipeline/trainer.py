@@ -19,6 +19,7 @@ from .checkpoint import load_optimizer, load_rng, save_optimizer, save_rng
 from .config import DistillConfig
 from .distiller import KVDistiller
 from .monitor import CollapseMonitor
+from .read_ahead import ReadAhead
 from .training_data import KVDataset
 
 Evaluate = Callable[[KVDistiller], dict[str, float]]
@@ -48,6 +49,7 @@ class DistillTrainer(Trainer):
         self.data_wait_seconds = 0.0
         self.eval_seconds = 0.0
         self._batches = batches
+        self._ahead: ReadAhead[Any] | None = None
         self._evaluate_fn = evaluate_fn
         self._part_sums: dict[str, Tensor] = {}
         self._part_steps = 0
@@ -67,7 +69,9 @@ class DistillTrainer(Trainer):
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
         start = time.perf_counter()
-        batches = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self._ahead is None or self._ahead.source is not epoch_iterator:
+            self._ahead = ReadAhead(epoch_iterator)
+        batches = super().get_batch_samples(iter(self._ahead), num_batches, device)
         self.data_wait_seconds += time.perf_counter() - start
         return batches
 

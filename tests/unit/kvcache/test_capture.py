@@ -70,7 +70,7 @@ def test_right_padding_leaves_real_positions_alone(tiny_model: PreTrainedModel) 
     batched = captured(model, ids, mask)
     for row, length in enumerate(LENGTHS):
         alone = captured(model, ids[row : row + 1, :length])
-        torch.testing.assert_close(batched[:, :, row, :, :length], alone[:, :, 0], atol=1e-6, rtol=0)
+        torch.testing.assert_close(batched[:, :, row, :, :length], alone[:, :, 0], atol=1e-5, rtol=0)
 
 
 def test_sliding_layers_keep_every_token(make_tiny_model: Callable[..., PreTrainedModel]) -> None:

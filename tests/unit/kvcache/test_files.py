@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from kvpipe.kvcache.files import write_atomic
+from kvpipe.kvcache.files import PartialFile, write_atomic
 
 
 def names(folder: Path) -> list[str]:
@@ -48,3 +48,29 @@ def test_a_failed_rename_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="taken"):
         write_atomic(tmp_path / "taken", b"data")
     assert names(tmp_path) == ["taken"]
+
+
+def test_pieces_may_come_in_any_order(tmp_path: Path) -> None:
+    file = PartialFile(tmp_path / "file")
+    file.write_at(b"def", 3)
+    file.write_at(b"abc", 0)
+    assert names(tmp_path) == ["file.partial"]
+    file.commit()
+    assert (tmp_path / "file").read_bytes() == b"abcdef"
+    assert names(tmp_path) == ["file"]
+
+
+def test_a_discarded_file_leaves_nothing(tmp_path: Path) -> None:
+    file = PartialFile(tmp_path / "file")
+    file.write_at(b"abc", 0)
+    file.discard()
+    assert names(tmp_path) == []
+
+
+def test_a_full_disk_names_the_file(tmp_path: Path) -> None:
+    """/dev/full takes no byte, as a full disk does."""
+    (tmp_path / "file.partial").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left") as failure:
+        write_atomic(tmp_path / "file", b"abc")
+    assert failure.value.filename == str(tmp_path / "file")
+    assert names(tmp_path) == []

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +19,7 @@ from kvpipe.kvcache.layout import STORAGE_DTYPES, dtype_name
 from kvpipe.kvcache.shard import (
     CRC_BYTES,
     EMPTY,
-    ShardBuilder,
+    ShardFile,
     ShardLayout,
     crc32c,
     read_index,
@@ -40,16 +42,16 @@ def random_sample(layout: ShardLayout, length: int, seed: int) -> NDArray[Any]:
     return np.random.default_rng(seed).integers(1, 256, shape, dtype=np.uint8).view(layout.dtype)
 
 
-def pairs_of(sample: NDArray[Any]) -> list[tuple[NDArray[Any], NDArray[Any]]]:
-    return [(layer[0], layer[1]) for layer in sample]
-
-
 def build(layout: ShardLayout, lengths: list[int]) -> tuple[NDArray[np.uint8], NDArray[np.uint32], list[NDArray[Any]]]:
-    builder = ShardBuilder(layout, np.array(lengths))
     samples = [random_sample(layout, length, seed) for seed, length in enumerate(lengths)]
-    for row, sample in enumerate(samples):
-        builder.add(row, pairs_of(sample))
-    return *builder.finish(), samples
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "shard"
+        file = ShardFile(path, layout, np.array(lengths))
+        for row, sample in enumerate(samples):
+            file.add(row, sample)
+        checksums = file.finish()
+        assert path.stat().st_size == file.nbytes
+        return np.fromfile(path, np.uint8), checksums, samples
 
 
 def read(data: NDArray[np.uint8], layout: ShardLayout, checksums: NDArray[np.uint32], row: int, length: int) -> bytes:
@@ -92,22 +94,26 @@ def test_empty_chunks_take_no_space(lengths: list[int], unused: int) -> None:
     assert index[full].tolist() == [[i * layout.record_bytes, layout.record_bytes] for i in range(sum(blocks))]
 
 
-def test_samples_may_come_in_any_order_and_longer_than_they_are() -> None:
+def test_samples_may_come_in_any_order_and_longer_than_they_are(tmp_path: Path) -> None:
     layout, lengths = small_layout(), [3, 8, 5]
     expected, _, samples = build(layout, lengths)
-    builder = ShardBuilder(layout, np.array(lengths))
+    file = ShardFile(tmp_path / "shard", layout, np.array(lengths))
     for left, row in ((2, 1), (1, 2), (0, 0)):
-        builder.add(row, pairs_of(np.concatenate([samples[row], random_sample(layout, 2, 9)], axis=3)))
-        assert builder.remaining == left
-    assert np.array_equal(builder.finish()[0], expected)
+        file.add(row, np.concatenate([samples[row], random_sample(layout, 2, 9)], axis=3))
+        assert file.remaining == left
+        assert not (tmp_path / "shard").exists()
+    file.finish()
+    assert (tmp_path / "shard").read_bytes() == expected.tobytes()
 
 
-def test_a_sample_that_comes_twice_does_not_stand_for_another() -> None:
+def test_a_sample_that_comes_twice_does_not_stand_for_another(tmp_path: Path) -> None:
     layout = small_layout()
-    builder = ShardBuilder(layout, np.array([4, 4]))
-    builder.add(0, pairs_of(random_sample(layout, 4, 0)))
-    builder.add(0, pairs_of(random_sample(layout, 4, 0)))
-    assert builder.remaining == 1
+    file = ShardFile(tmp_path / "shard", layout, np.array([4, 4]))
+    file.add(0, random_sample(layout, 4, 0))
+    file.add(0, random_sample(layout, 4, 0))
+    assert file.remaining == 1
+    file.discard()
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
@@ -120,12 +126,13 @@ def test_a_sample_that_comes_twice_does_not_stand_for_another() -> None:
         pytest.param(np.zeros((1, 2, 1, 4, 1), np.uint16), id="channels"),
     ],
 )
-def test_kv_that_does_not_fit_is_refused(wrong: NDArray[Any]) -> None:
+def test_kv_that_does_not_fit_is_refused(wrong: NDArray[Any], tmp_path: Path) -> None:
     """NumPy would cast or broadcast it into the shard."""
-    builder = ShardBuilder(small_layout(), np.array([4]))
-    with pytest.raises(ValueError, match=r"expected 1 layers of \[H, T, D\] = \[1, >=4, 2\] uint16, found"):
-        builder.add(0, pairs_of(wrong))
-    assert builder.remaining == 1
+    file = ShardFile(tmp_path / "shard", small_layout(), np.array([4]))
+    with pytest.raises(ValueError, match=r"expected \[L, 2, H, T, D\] = \[1, 2, 1, >=4, 2\] uint16, found"):
+        file.add(0, wrong)
+    assert file.remaining == 1
+    file.discard()
 
 
 # ---------------------------------------------------------------------- other readers

@@ -1,0 +1,39 @@
+"""The next batch is read while the current one is computed on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+
+class ReadAhead(Generic[T]):
+    """The items of `source`, in its order, each fetched by a thread before it is asked for.
+
+    One item is held at most. An error of `source` is raised, as it was, where its item would have come. The
+    thread ends with the items, or with this object.
+    """
+
+    def __init__(self, source: Iterator[T]) -> None:
+        self.source = source
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="kvpipe-reader")
+        self._next = self._thread.submit(_one, source)
+
+    def __iter__(self) -> Iterator[T]:
+        return self
+
+    def __next__(self) -> T:
+        items = self._next.result()
+        if not items:
+            self._thread.shutdown()
+            raise StopIteration
+        self._next = self._thread.submit(_one, self.source)
+        return items[0]
+
+
+def _one(source: Iterator[T]) -> list[T]:
+    """The next item, or none: a StopIteration cannot cross from a thread as it is."""
+    return list(islice(source, 1))
