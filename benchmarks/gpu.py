@@ -44,7 +44,8 @@ def main() -> None:
             with torch.device("cuda"):
                 Qwen2ForCausalLM._from_config(config, dtype=torch.bfloat16).save_pretrained(path)
             load_tokenizer("qwen").save_pretrained(path)
-            print(extraction.measure(str(path), device="cuda").row, flush=True)  # noqa: T201
+            for found in extraction.measure(str(path), device="cuda", samples=600):
+                print(found.row, flush=True)  # noqa: T201
 
 
 if __name__ == "__main__":

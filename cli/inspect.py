@@ -14,27 +14,23 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show what is in a store: shape, size, completeness, and where it came from."""
+    from ..kvcache.manifest import flatten
     from ..kvcache.store import KVStore
 
     summary = KVStore.open(store).summary()
     if as_json:
         typer.echo(json.dumps(summary, indent=2))
         return
-    manifest = summary.pop("manifest")
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(show_header=False, box=None)
-    for name, value in summary.items():
-        table.add_row(name.replace("_", " "), _shown(name, value))
-    for name, value in manifest.items():
-        table.add_row(name.replace("_", " "), json.dumps(value))
-    Console(soft_wrap=True).print(table)
+    manifest = flatten(summary.pop("manifest"))
+    for name, value in (summary | manifest).items():
+        typer.echo(f"{name.replace('_', ' '):22} {_shown(value)}")
 
 
-def _shown(name: str, value: object) -> str:
-    if name.startswith("bytes") and isinstance(value, int | float):
-        return f"{value:,.0f}"
+def _shown(value: object) -> str:
     if isinstance(value, dict):
-        return ", ".join(f"{key} {item}" for key, item in value.items())
-    return str(value)
+        return ", ".join(f"{name} {_shown(item)}" for name, item in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(_shown, value))
+    if isinstance(value, bool | str):
+        return str(value)
+    return f"{value:,.1f}" if isinstance(value, float) else f"{value:,}"

@@ -4,8 +4,8 @@ A shard file is its non-empty chunks, each followed by a little-endian crc32c, t
 (offset, nbytes) uint64 pairs in C order of the chunk grid, then the index's own crc32c. Empty chunks
 are left out and have all-ones entries. See the Zarr v3 specification, "Sharding codec".
 
-Writing it here costs one copy from the staged tensors to the file's bytes, and lets a sample be read
-as one contiguous range; zarr-python and tensorstore read the same files (tests/unit/kvcache/test_shard.py).
+Written here, staged tensors go to the file as they are, and a sample is read as one contiguous range;
+zarr-python and tensorstore read the same files (tests/unit/kvcache/test_shard.py).
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class ShardFile:
     """Writes one shard to `path`, sample by sample and straight to its place in the file.
 
     `lengths` are the token counts of the shard's samples: with them every offset is known beforehand, so no
-    sample waits in memory for another. Tokens past a sample's length become zero. Nothing is at `path` before `finish`.
+    sample waits in memory for another. Nothing is at `path` before `finish`.
     """
 
     def __init__(self, path: Path, layout: ShardLayout, lengths: NDArray[np.integer[Any]]) -> None:
@@ -91,35 +91,25 @@ class ShardFile:
         """Size of the finished file."""
         return int(self._first[-1]) * self.layout.record_bytes + self.layout.index_bytes
 
-    def add(self, row: int, kv: NDArray[Any]) -> None:
-        """Write sample `row` of the shard: `[L, 2, H, T, D]`, T >= its length.
+    def add(self, row: int, records: NDArray[np.uint8]) -> None:
+        """Write sample `row`: its token blocks as `[blocks, record_bytes]`, which are changed in place (tokens past
+        the sample's end become zero, and every chunk gets its checksum).
 
-        Raises ValueError for KV of another shape or dtype: NumPy would broadcast and cast it without a word.
+        Raises ValueError for records of another number or size.
         """
         length, layout = self.lengths[row], self.layout
-        self._check(length, kv)
-        records = np.empty((layout.blocks_of(length), layout.record_bytes), np.uint8)
+        expected = (layout.blocks_of(length), layout.record_bytes)
+        if records.shape != expected:
+            raise ValueError(f"records that do not fit the shard: expected {expected}, found {records.shape}")
+        if past_end := -length % layout.block:
+            last = records[-1, : layout.chunk_bytes].view(layout.dtype).reshape(layout.chunk_shape)
+            last[..., layout.block - past_end :, :] = 0
         for blk, record in enumerate(records):
-            start = blk * layout.block
-            filled = min(layout.block, length - start)
-            data = record[: layout.chunk_bytes]
-            chunk = data.view(layout.dtype).reshape(layout.chunk_shape)[:, :, 0]
-            chunk[:, :, :, :filled] = kv[:, :, :, start : start + filled]
-            chunk[:, :, :, filled:] = 0
-            self._checksums[row, blk] = crc32c(data)
-            record[layout.chunk_bytes :] = _le32(int(self._checksums[row, blk]))
+            checksum = crc32c(record[: layout.chunk_bytes])
+            record[layout.chunk_bytes :] = _le32(checksum)
+            self._checksums[row, blk] = checksum
         self._file.write_at(records.reshape(-1).data, self._first[row] * layout.record_bytes)
         self._missing.discard(row)
-
-    def _check(self, length: int, kv: NDArray[Any]) -> None:
-        layout = self.layout
-        expected = (layout.num_layers, 2, layout.num_kv_heads, layout.head_dim, layout.dtype)
-        if kv.ndim != 5 or (*kv.shape[:3], kv.shape[4], kv.dtype) != expected or kv.shape[3] < length:
-            raise ValueError(
-                f"KV that does not fit the store: expected [L, 2, H, T, D] = [{layout.num_layers}, 2, "
-                f"{layout.num_kv_heads}, >={length}, {layout.head_dim}] {layout.dtype.name}, "
-                f"found {list(kv.shape)} {kv.dtype.name}"
-            )
 
     def finish(self) -> NDArray[np.uint32]:
         """Write the index and put the file in place. Returns the checksums `[samples, blocks]` of its chunks,

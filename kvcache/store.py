@@ -192,7 +192,7 @@ class KVStore:
     def _ledger_entry(self, shard: int) -> NDArray[np.uint32] | None:
         try:
             data = np.fromfile(self.ledger_path(shard), np.uint8)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
         size = self.layout.samples * self.layout.blocks * 4
         if len(data) != size + CRC_BYTES or crc32c(data[:size]).to_bytes(4, "little") != data[size:].tobytes():

@@ -1,37 +1,38 @@
-"""Write shards while the teacher computes: one thread, a bounded queue, whole files only."""
+"""Write shards while the teacher computes: bounded memory, whole files only."""
 
 from __future__ import annotations
 
-import math
 import queue
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 
 import torch
 from torch import Tensor
 
-from .layout import to_storage
+from .layout import KVGeometry
 from .shard import ShardFile
+from .staging import Pairs, Staging
 from .store import KVStore
-
-Pairs = list[tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
-class _Batch:
-    """Samples at `indices` of the store; `kv` `[L, 2, B, H, T, D]` lies in `buffer` once `copied` has happened."""
+class _Job:
+    """Something for the thread to do, and the buffer that is free once it is done, or will never be."""
 
-    indices: list[int]
-    kv: Tensor
-    buffer: Tensor
-    copied: torch.cuda.Event | None
+    work: Callable[[], None]
+    staging: Staging | None = None
 
 
 class ShardWriter:
     """Writes captured batches into shards; a shard appears once its last sample has come.
+
+    KV on a GPU is written by a thread while the teacher computes on. KV on the CPU is written at once by the caller:
+    a model that computes on every core stands still for as long as one of them is taken, and longer (measured in
+    `benchmarks/extraction.py`). What remains of a shard, flushing it to the disk, is the thread's in both cases.
 
     Batches may come in any order; samples of shards that are not in `shards` are ignored. Memory is bounded by
     `queue_size + 1` batches. A failure in the thread is raised, as the error it was, by the next `put` or by
@@ -46,10 +47,10 @@ class ShardWriter:
         self._files: dict[int, ShardFile] = {}
         # Batches are copied out of the model's memory into the same few buffers: a model whose KV is held
         # back has to compute the next batch in fresh pages, which costs more than the copy.
-        self._buffers: queue.Queue[Tensor] = queue.Queue()
+        self._free: queue.LifoQueue[Staging] = queue.LifoQueue()
         for _ in range(queue_size + 1):
-            self._buffers.put(torch.empty(0))
-        self._queue: queue.Queue[_Batch | None] = queue.Queue()
+            self._free.put(Staging())
+        self._jobs: queue.Queue[_Job | None] = queue.Queue()
         self._error: BaseException | None = None
         self._stream: torch.cuda.Stream | None = None
         self._thread = threading.Thread(target=self._run, name="kvpipe-writer", daemon=True)
@@ -60,7 +61,7 @@ class ShardWriter:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         start = time.perf_counter()
-        self._queue.put(None)
+        self._jobs.put(None)
         self._thread.join()
         self.wait_seconds += time.perf_counter() - start
         for file in self._files.values():
@@ -72,56 +73,75 @@ class ShardWriter:
     def put(self, indices: Sequence[int], pairs: Pairs) -> None:
         """Hand over one batch: positions in the store, and per layer key and value, all of one shape `[B, H, T, D]`.
 
-        Returns as soon as a buffer is free and the copy into it has begun; `wait_seconds` counts the time none was.
+        `wait_seconds` counts the time the caller stood still, but for the copy out of the model's memory.
+        Raises ValueError for KV of another shape or dtype than the store's.
         """
         if self._error is not None:
             raise self._error
+        self._check(indices, pairs)
         start = time.perf_counter()
-        buffer = self._buffers.get()
+        staging = self._free.get()
         self.wait_seconds += time.perf_counter() - start
-        self._queue.put(self._stage(list(indices), pairs, buffer))
+        if pairs[0][0].is_cuda:
+            records, copied = self._copy_beside(pairs, staging)
+            self._jobs.put(_Job(partial(self._write, list(indices), records, copied), staging))
+            return
+        records = staging.fill(pairs, self._store.layout)
+        start = time.perf_counter()
+        self._add(indices, records, lambda shard: self._jobs.put(_Job(partial(self._finish, shard))))
+        self.wait_seconds += time.perf_counter() - start
+        self._free.put(staging)
 
-    def _stage(self, indices: list[int], pairs: Pairs, buffer: Tensor) -> _Batch:
-        first = pairs[0][0]
-        shape = (len(pairs), 2, *first.shape)
-        if len(buffer) < math.prod(shape) or buffer.dtype != first.dtype:
-            buffer = torch.empty(math.prod(shape), dtype=first.dtype, pin_memory=first.is_cuda)
-        kv = buffer[: math.prod(shape)].view(shape)
-        if not first.is_cuda:
-            _copy(pairs, kv)
-            return _Batch(indices, kv, buffer, None)
-        # A side stream copies while the teacher computes on.
-        self._stream = self._stream or torch.cuda.Stream(first.device)
-        self._stream.wait_stream(torch.cuda.current_stream(first.device))
+    def _check(self, indices: Sequence[int], pairs: Pairs) -> None:
+        geometry = self._store.geometry
+        longest = int(self._store.length[list(indices)].max())
+        batch, num_kv_heads, num_tokens, head_dim = pairs[0][0].shape
+        found = KVGeometry(len(pairs), num_kv_heads, head_dim, pairs[0][0].dtype)
+        if found != geometry or batch != len(indices) or num_tokens < longest:
+            raise ValueError(
+                f"KV that does not fit the store: expected {geometry} for {len(indices)} samples of up to {longest} "
+                f"tokens, found {found} for {batch} samples of {num_tokens}"
+            )
+
+    def _copy_beside(self, pairs: Pairs, staging: Staging) -> tuple[Tensor, torch.cuda.Event]:
+        """Records, and the event after which they hold: a side stream copies while the teacher computes on."""
+        device = pairs[0][0].device
+        self._stream = self._stream or torch.cuda.Stream(device)
+        self._stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(self._stream):
             for tensor in (tensor for pair in pairs for tensor in pair):
                 tensor.record_stream(self._stream)
-            _copy(pairs, kv)
+            records = staging.fill(pairs, self._store.layout)
             copied = torch.cuda.Event()
             copied.record(self._stream)
-        return _Batch(indices, kv, buffer, copied)
+        return records, copied
 
     def _run(self) -> None:
-        while (batch := self._queue.get()) is not None:
+        while (job := self._jobs.get()) is not None:
             if self._error is None:
                 try:
-                    self._store_batch(batch)
+                    job.work()
                 except BaseException as error:  # noqa: BLE001 - handed to the main thread as it is
                     self._error = error
-            self._buffers.put(batch.buffer)
+            if job.staging is not None:
+                self._free.put(job.staging)
 
-    def _store_batch(self, batch: _Batch) -> None:
-        if batch.copied is not None:
-            batch.copied.synchronize()
-        kv = to_storage(batch.kv)
-        for row, index in enumerate(batch.indices):
-            shard, position = divmod(index, self._store.layout.samples)
+    def _write(self, indices: list[int], records: Tensor, copied: torch.cuda.Event) -> None:
+        copied.synchronize()
+        self._add(indices, records, self._finish)
+
+    def _add(self, indices: Sequence[int], records: Tensor, finish: Callable[[int], None]) -> None:
+        """Write samples to their places; `finish` is called for a shard that has them all."""
+        layout, data = self._store.layout, records.view(torch.uint8).numpy()
+        for row, index in enumerate(indices):
+            shard, position = divmod(index, layout.samples)
             if shard not in self._pending:
                 continue
             file = self._file(shard)
-            file.add(position, kv[:, :, row])
+            file.add(position, data[row, : layout.blocks_of(file.lengths[position])])
             if file.remaining == 0:
-                self._finish(shard)
+                self._pending.discard(shard)
+                finish(shard)
 
     def _file(self, shard: int) -> ShardFile:
         if shard not in self._files:
@@ -131,13 +151,7 @@ class ShardWriter:
         return self._files[shard]
 
     def _finish(self, shard: int) -> None:
-        checksums = self._files[shard].finish()
-        self.bytes_written += self._files.pop(shard).nbytes
-        self._store.record_shard(shard, checksums)
-        self._pending.discard(shard)
-
-
-def _copy(pairs: Pairs, kv: Tensor) -> None:
-    for layer, pair in zip(kv, pairs, strict=True):
-        for target, tensor in zip(layer, pair, strict=True):
-            target.copy_(tensor, non_blocking=True)
+        file = self._files[shard]
+        self._store.record_shard(shard, file.finish())
+        self.bytes_written += file.nbytes
+        del self._files[shard]

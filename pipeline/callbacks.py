@@ -16,19 +16,21 @@ class TrainingProgress(TrainerCallback):
     def __init__(self, progress: Progress, name: str) -> None:
         self._progress, self._name = progress, name
         self._task: TaskID | None = None
+        self._losses = ""
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self._task = self._progress.add_task(self._name, total=state.max_steps, status="steps")
+        self._task = self._progress.add_task(self._name, total=state.max_steps, status="")
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         assert self._task is not None
-        self._progress.update(self._task, completed=state.global_step)
+        step = f"step {state.global_step}/{state.max_steps}"
+        self._progress.update(self._task, completed=state.global_step, status=step + self._losses)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         logs = kwargs["logs"]
         shown = [f"{name} {logs[name]:.3f}" for name in ("ce", "kv", "eval_ce") if name in logs]
-        if self._task is not None and shown:
-            self._progress.update(self._task, status="steps · " + " · ".join(shown))
+        if shown:
+            self._losses = "".join(f" · {loss}" for loss in shown)
 
 
 class MetricsFile(TrainerCallback):

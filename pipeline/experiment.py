@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,14 +23,6 @@ from .run_directory import RunDirectory, run_identity
 from .run_process import RunProcess
 
 POLL_SECONDS = 0.5
-
-
-@dataclass
-class _ActiveRun:
-    name: str
-    process: RunProcess
-    directory: RunDirectory
-    task: TaskID
 
 
 @dataclass(frozen=True)
@@ -63,29 +53,16 @@ def run_experiment(config: ExperimentConfig, runs_dir: Path, jobs: int | None = 
     waiting = [(name, recipe) for name, recipe in config.runs if not _is_finished(runs_dir / name, recipe, store)]
     threads = max(1, (os.cpu_count() or 1) // jobs)
     start = time.perf_counter()
-    failures: dict[str, str] = {}
-    active: list[_ActiveRun] = []
-    with progress_bar() as bar, _stopped_on_exit(active):
-        done = len(config.runs) - len(waiting)
-        total = bar.add_task(config.name, total=len(config.runs), completed=done, status="runs")
-        while waiting or active:
-            while waiting and len(active) < jobs:
+    with progress_bar() as bar, _Grid(config, len(waiting), bar) as grid:
+        while waiting or grid.active:
+            while waiting and len(grid.active) < jobs:
                 name, recipe = waiting.pop(0)
                 path = runs_dir / name
-                process = RunProcess(recipe, store.path, path, device=config.extract.device, threads=threads)
-                task = bar.add_task(f"  {name}", total=None, status="starts")
-                active.append(_ActiveRun(name, process, RunDirectory(path), task))
+                grid.add(path, RunProcess(recipe, store.path, path, device=config.extract.device, threads=threads))
             time.sleep(POLL_SECONDS)
-            for run in list(active):
-                _show(run, bar)
-                if (exit_code := run.process.poll()) is not None:
-                    active.remove(run)
-                    bar.remove_task(run.task)
-                    bar.advance(total)
-                    if exit_code != 0:
-                        failures[run.name] = run.process.said
+            grid.poll()
     records = {name: record for name, _ in config.runs if (record := RunDirectory(runs_dir / name).record)}
-    return ExperimentRuns(records, failures, time.perf_counter() - start)
+    return ExperimentRuns(records, grid.failures, time.perf_counter() - start)
 
 
 def _is_finished(path: Path, recipe: DistillConfig, store: KVStore) -> bool:
@@ -97,19 +74,54 @@ def _is_finished(path: Path, recipe: DistillConfig, store: KVStore) -> bool:
     return True
 
 
-@contextmanager
-def _stopped_on_exit(active: list[_ActiveRun]) -> Iterator[None]:
-    """No run outlives the experiment, however it ends."""
-    try:
-        yield
-    finally:
-        for run in active:
+@dataclass(frozen=True)
+class _ActiveRun:
+    process: RunProcess
+    directory: RunDirectory
+    task: TaskID
+
+
+class _Grid:
+    """The runs that go on now, each with its bar, under one bar for all. No run outlives the context."""
+
+    def __init__(self, config: ExperimentConfig, waiting: int, bar: Progress) -> None:
+        self.active: list[_ActiveRun] = []
+        self.failures: dict[str, str] = {}
+        self._bar = bar
+        self._total = len(config.runs)
+        self._done = self._total - waiting
+        self._task = bar.add_task(config.name, total=self._total, status="")
+        self._show_total()
+
+    def __enter__(self) -> _Grid:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for run in self.active:
             run.process.stop()
 
+    def add(self, path: Path, process: RunProcess) -> None:
+        task = self._bar.add_task(f"  {path.name}", total=None, status="starts")
+        self.active.append(_ActiveRun(process, RunDirectory(path), task))
 
-def _show(run: _ActiveRun, bar: Progress) -> None:
-    """Read a run's progress where anyone can: in its metrics file."""
-    logs = [entry for entry in read_metrics(run.directory.metrics) if "loss" in entry]
-    if logs:
-        status = " · ".join(f"{part} {logs[-1][part]:.3f}" for part in ("ce", "kv") if part in logs[-1])
-        bar.update(run.task, completed=logs[-1]["step"], status=f"steps · {status}")
+    def poll(self) -> None:
+        """Show how far the runs are, and take out those that are over."""
+        for run in list(self.active):
+            self._show(run)
+            if (exit_code := run.process.poll()) is not None:
+                self.active.remove(run)
+                self._bar.remove_task(run.task)
+                self._done += 1
+                self._show_total()
+                if exit_code != 0:
+                    self.failures[run.directory.path.name] = run.process.said
+
+    def _show_total(self) -> None:
+        self._bar.update(self._task, completed=self._done, status=f"{self._done}/{self._total} runs")
+
+    def _show(self, run: _ActiveRun) -> None:
+        """Read a run's progress where anyone can: in its metrics file."""
+        logs = [entry for entry in read_metrics(run.directory.metrics) if "loss" in entry]
+        if logs:
+            losses = "".join(f" · {part} {logs[-1][part]:.3f}" for part in ("ce", "kv") if part in logs[-1])
+            self._bar.update(run.task, status=f"step {logs[-1]['step']}{losses}")

@@ -35,8 +35,9 @@ from ..kvcache.manifest import (
     hash_weights,
     rope_parameters,
 )
+from ..kvcache.staging import Pairs
 from ..kvcache.store import KVStore
-from ..kvcache.writer import Pairs, ShardWriter
+from ..kvcache.writer import ShardWriter
 from .models import builtin_teachers, load_teacher, load_tokenizer, resolve_device, resolve_dtype, tokenizer_files
 from .progress import progress_bar
 
@@ -262,9 +263,11 @@ def plan_batches(store: KVStore, config: ExtractConfig, device: torch.device, mi
 @torch.inference_mode()
 def _fill(store: KVStore, teacher: PreTrainedModel, config: ExtractConfig, progress: Progress) -> ExtractReport:
     missing = set(range(store.num_shards)) - store.finished_shards()
+    if not missing:
+        return ExtractReport(store, seconds=0.0, teacher_tokens=0, bytes_written=0, wait_seconds=0.0)
     batches = list(plan_batches(store, config, teacher.device, missing))
     total = int(sum(store.length[i] for batch in batches for i in batch))
-    task = progress.add_task(f"extract {config.store.name}", total=total, status="")
+    task = progress.add_task("extract", total=total, status="")
     start, tokens = time.perf_counter(), 0
     try:
         with ShardWriter(store, missing) as writer:
@@ -286,4 +289,4 @@ def _fill(store: KVStore, teacher: PreTrainedModel, config: ExtractConfig, progr
 
 def _status(writer: ShardWriter, tokens: int, seconds: float) -> str:
     rate, wait = tokens / seconds, writer.wait_seconds / seconds
-    return f"tokens · {rate:,.0f} tokens/s · {writer.bytes_written / 1e9:.2f} GB written · waits for disk {wait:.0%}"
+    return f"{rate:,.0f} tokens/s · {writer.bytes_written / 1e9:.2f} GB written · disk wait {wait:.0%}"

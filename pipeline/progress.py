@@ -1,20 +1,26 @@
-"""Progress bars, the same everywhere: rate, what was written, what it waits for, time left."""
+"""Progress bars, the same everywhere, narrow enough for 80 columns."""
 
 from __future__ import annotations
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, Task, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+
+class _TimeLeft(TimeRemainingColumn):
+    """`ETA 00:41` while it runs, `took 02:13` at the end."""
+
+    def render(self, task: Task) -> Text:
+        return Text("took " if task.finished else "ETA ") + super().render(task)
 
 
 def progress_bar(console: Console | None = None) -> Progress:
-    """A bar whose tasks carry a free `status` field beside count, time passed and time left."""
+    """A bar whose tasks carry a free `status` field beside the share done and the time left (at the end: taken)."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
-        MofNCompleteColumn(),
+        TaskProgressColumn(),
         TextColumn("{task.fields[status]}"),
-        TimeElapsedColumn(),
-        TextColumn("ETA"),
-        TimeRemainingColumn(),
+        _TimeLeft(compact=True, elapsed_when_finished=True),
         console=console or Console(stderr=True),
     )

@@ -95,7 +95,7 @@ def test_shards_and_the_samples_within_a_window_are_shuffled() -> None:
     indices, lengths = subset([7] * 1024, 1)
     windows, spreads = set(), []
     for seed in range(5):
-        batches = batches_of(indices, lengths, seed=seed, samples_per_shard=64)
+        batches = batches_of(indices, lengths, seed=seed, samples_per_shard=64, window_shards=4)
         bucket = [index for batch in batches[:BUCKET_BATCHES] for index in batch]
         windows.add(tuple(sorted({index // 64 for index in bucket})))
         spreads.append(len({index % 64 for index in bucket}))

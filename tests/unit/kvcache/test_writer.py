@@ -33,9 +33,13 @@ def files(store: KVStore) -> set[str]:
     return {str(f.relative_to(store.path)) for folder in folders for f in folder.rglob("*") if f.is_file()}
 
 
-def in_the_way(store: KVStore, shard: int) -> Path:
+KV, LEDGER = "kv/c/0/0", "ledger/c"
+"""The first is written by the caller, where KV lies on the CPU; the second by the thread."""
+
+
+def in_the_way(store: KVStore, shard: int, folder: str = KV) -> Path:
     """Make a shard impossible to write: a file lies where its folder belongs."""
-    obstacle = store.path / "kv" / "c" / "0" / "0" / str(shard)
+    obstacle = store.path / folder / str(shard)
     obstacle.parent.mkdir(parents=True, exist_ok=True)
     obstacle.write_bytes(b"")
     return obstacle
@@ -103,10 +107,11 @@ def test_a_repeated_sample_does_not_finish_a_shard(make_store: MakeStore) -> Non
     assert store.finished_shards() == set()
 
 
-def test_a_failure_while_writing_is_raised_as_it_is(make_store: MakeStore) -> None:
+@pytest.mark.parametrize("folder", [KV, LEDGER])
+def test_a_failure_while_writing_is_raised_as_it_is(make_store: MakeStore, folder: str) -> None:
     store, kv = make_store(LENGTHS, samples_per_shard=1, fill=False)
-    in_the_way(store, 2)
-    with pytest.raises(OSError, match="kv/c/0/0/2") as failure, ShardWriter(store, range(7)) as writer:
+    in_the_way(store, 2, folder)
+    with pytest.raises(OSError, match=f"{folder}/2") as failure, ShardWriter(store, range(7)) as writer:
         writer.put([0, 1, 2], pairs(kv, [0, 1, 2]))
     assert isinstance(failure.value, NotADirectoryError | FileExistsError)
     assert writer_threads() == []
@@ -115,7 +120,7 @@ def test_a_failure_while_writing_is_raised_as_it_is(make_store: MakeStore) -> No
 
 def test_a_failure_stops_the_next_put_and_never_blocks(make_store: MakeStore) -> None:
     store, kv = make_store(LENGTHS, samples_per_shard=1, fill=False)
-    in_the_way(store, 0)
+    in_the_way(store, 0, LEDGER)
     done: list[int] = []
 
     def compute() -> None:
@@ -124,14 +129,23 @@ def test_a_failure_stops_the_next_put_and_never_blocks(make_store: MakeStore) ->
                 writer.put([0], pairs(kv, [0]))
                 done.append(number)
 
-    with pytest.raises(OSError, match="kv/c/0/0/0"):
+    with pytest.raises(OSError, match=f"{LEDGER}/0"):
         compute()
     assert len(done) < 10_000
     assert writer_threads() == []
     assert store.finished_shards() == set()
 
 
-@pytest.mark.parametrize("wrong", [lambda kv: kv.float(), lambda kv: kv[1:], lambda kv: kv[..., :2]])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        pytest.param(lambda kv: kv.float(), id="dtype"),
+        pytest.param(lambda kv: kv[1:], id="layers"),
+        pytest.param(lambda kv: kv[:, :, :, :1], id="heads"),
+        pytest.param(lambda kv: kv[:, :, :, :, :39], id="tokens"),
+        pytest.param(lambda kv: kv[..., :2], id="channels"),
+    ],
+)
 def test_kv_that_does_not_fit_the_store_is_refused(make_store: MakeStore, wrong: Callable[[Tensor], Tensor]) -> None:
     store, kv = make_store([5, 40], fill=False)
     with pytest.raises(ValueError, match="does not fit the store"), ShardWriter(store, [0]) as writer:
@@ -141,7 +155,7 @@ def test_kv_that_does_not_fit_the_store_is_refused(make_store: MakeStore, wrong:
 
 def test_the_error_of_the_body_goes_first(make_store: MakeStore) -> None:
     store, kv = make_store([5, 40], samples_per_shard=1, fill=False)
-    in_the_way(store, 0)
+    in_the_way(store, 0, LEDGER)
 
     def compute() -> None:
         with ShardWriter(store, range(2)) as writer:
@@ -153,10 +167,11 @@ def test_the_error_of_the_body_goes_first(make_store: MakeStore) -> None:
     assert writer_threads() == []
 
 
-def test_a_failed_shard_can_be_written_later(make_store: MakeStore) -> None:
+@pytest.mark.parametrize("folder", [KV, LEDGER])
+def test_a_failed_shard_can_be_written_later(make_store: MakeStore, folder: str) -> None:
     store, kv = make_store([5, 40], samples_per_shard=1, fill=False)
-    obstacle = in_the_way(store, 1)
-    with pytest.raises(OSError, match="kv/c/0/0/1"), ShardWriter(store, range(2)) as writer:
+    obstacle = in_the_way(store, 1, folder)
+    with pytest.raises(OSError, match=f"{folder}/1"), ShardWriter(store, range(2)) as writer:
         writer.put([0, 1], pairs(kv, [0, 1]))
     obstacle.unlink()
     missing = set(range(2)) - store.finished_shards()
