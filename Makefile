@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 PACKAGES := kvpipe.kvcache kvpipe.data kvpipe.pipeline kvpipe.cli
 
 .DEFAULT_GOAL := help
-.PHONY: help install ab-experiment smoke test lint format typecheck check builtin-teacher bench golden clean
+.PHONY: help install ab-experiment smoke test test-faults lint format typecheck check builtin-teacher bench golden clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -27,6 +27,9 @@ smoke: $(INSTALLED) ## a few samples and ten steps of every mode, in a temporary
 
 test: $(INSTALLED) ## the quick test suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
+
+test-faults: $(INSTALLED) ## the whole fault-injection suite, with its counts
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 tests/faults --faults full
 
 lint: $(INSTALLED) ## ruff: rules and format
 	$(BIN)/ruff check .

@@ -17,8 +17,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from kvpipe.kvcache.store import KVStore
-from kvpipe.pipeline.extract import ExtractConfig, extract, plan_batches
+from kvpipe.pipeline.extract import ExtractConfig, extract
 from kvpipe.pipeline.models import load_teacher, resolve_device, resolve_dtype
+from kvpipe.pipeline.teacher_pass import plan_batches
 from side_by_side import HEADER, Ratio, alternate, quiet, ratio
 
 RUNS = 5
@@ -61,7 +62,7 @@ def _bare_forward(config: ExtractConfig) -> Callable[[], float]:
     @torch.inference_mode()
     def run() -> float:
         store = KVStore.open(config.store)
-        everything = plan_batches(store, config, device, missing=set(range(store.num_shards)))
+        everything = plan_batches(store, config.batch_size, device, missing=set(range(store.num_shards)))
         start = time.perf_counter()
         for batch in everything:
             length = torch.from_numpy(store.length[batch])

@@ -17,8 +17,9 @@ from kvpipe.kvcache.store import KVStore
 from kvpipe.pipeline import distill as distill_module
 from kvpipe.pipeline.config import DistillConfig
 from kvpipe.pipeline.distill import distill
-from kvpipe.pipeline.extract import ExtractConfig, capture_kv, extract
+from kvpipe.pipeline.extract import ExtractConfig, extract
 from kvpipe.pipeline.models import load_teacher
+from kvpipe.pipeline.teacher_pass import capture_kv
 from kvpipe.pipeline.training_data import Batch, KVDataset
 from side_by_side import HEADER, Ratio, alternate, of_values, quiet
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 
 import typer
@@ -12,6 +13,8 @@ from .experiment import experiment
 from .extract import extract
 from .inspect import inspect
 from .models import models
+from .repair import repair
+from .verify import verify
 
 app = typer.Typer(
     name="kvpipe",
@@ -21,7 +24,7 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode="rich",
 )
-for command in (extract, distill, inspect, models):
+for command in (extract, distill, inspect, verify, repair, models):
     app.command()(command)
 app.add_typer(experiment, name="experiment")
 
@@ -34,10 +37,11 @@ def options(
 
 
 def main() -> None:
-    """Run the command line: exit code 0, 2 for a user's error, 3 for a collapsed run, 130 for Ctrl-C."""
+    """Run the command line: the README lists its exit codes."""
     debug = "--debug" in sys.argv
     sys.argv = [argument for argument in sys.argv if argument != "--debug"]
     _quiet_libraries()
+    signal.signal(signal.SIGTERM, _stop)
     try:
         app()
     except Exception as error:
@@ -47,6 +51,12 @@ def main() -> None:
         message = " ".join(_sentence(error).split())
         typer.secho(f"Error: {message}", fg=typer.colors.RED, err=True)
         sys.exit(code)
+
+
+def _stop(*_: object) -> None:
+    """Unwind as after Ctrl-C, so that nothing half-written stays; batch systems send SIGTERM before they kill."""
+    typer.secho("Stopped by SIGTERM. The same command goes on where it stopped.", err=True)
+    sys.exit(128 + signal.SIGTERM)
 
 
 def _user_error_code(error: Exception) -> int | None:

@@ -66,6 +66,10 @@ def distill(
         int | None,
         typer.Option(help="Use the first so many training samples. [default: all]", rich_help_panel=TRAINING),
     ] = None,
+    save_steps: Annotated[
+        int | None,
+        typer.Option(min=1, help="Steps between checkpoints. [default: one an epoch]", rich_help_panel=TRAINING),
+    ] = None,
     on_collapse: Annotated[
         str,
         typer.Option(help="stop (exit code 3) or warn when the target loses its variance.", rich_help_panel=TRAINING),
@@ -113,7 +117,7 @@ def distill(
     }
     config = DistillConfig.from_mapping(options, "the command line")
     folder = output_dir or Path("runs") / config.name
-    record = run(config, find_store(store), folder, device=device, overwrite=overwrite)
+    record = run(config, find_store(store), folder, device=device, overwrite=overwrite, save_steps=save_steps)
     metrics, seconds = record["metrics"], record["seconds"]
     shown = [f"{name} {value:.4f}" for name, value in metrics.items() if value is not None]
     typer.echo(f"{folder}: {', '.join(shown)}")

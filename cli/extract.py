@@ -33,6 +33,9 @@ def extract(
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub model.")] = None,
     trust_remote_code: Annotated[bool, typer.Option(help="Let a Hub model run its own code.")] = False,
     seed: Annotated[int, typer.Option(help="Seed of the built-in data set.")] = 0,
+    on_nonfinite: Annotated[
+        str, typer.Option(help="exclude a sample whose KV has NaN or infinity, or stop there.")
+    ] = "exclude",
 ) -> None:
     """Run the teacher once and store its KV cache.
 
@@ -40,7 +43,7 @@ def extract(
     """
     from ..pipeline.extract import ExtractConfig, default_store
     from ..pipeline.extract import extract as run
-    from .parse import batch_size_or_auto, size_in_bytes
+    from .parse import batch_size_or_auto, exclude_or_stop, size_in_bytes
 
     report = run(
         ExtractConfig(
@@ -57,8 +60,14 @@ def extract(
             revision=revision,
             trust_remote_code=trust_remote_code,
             seed=seed,
+            on_nonfinite=exclude_or_stop(on_nonfinite),
         )
     )
+    if excluded := len(report.store.excluded):
+        typer.echo(
+            f"{excluded} of {report.store.num_samples} samples are excluded: the teacher's KV is NaN or infinite "
+            f"in {report.store.manifest.dtype}.",
+        )
     if report.store.truncated:
         typer.echo(
             f"{report.store.truncated} of {report.store.num_samples} samples were cut at "

@@ -31,6 +31,6 @@ def _shown(value: object) -> str:
         return ", ".join(f"{name} {_shown(item)}" for name, item in value.items())
     if isinstance(value, list):
         return ", ".join(map(_shown, value))
-    if isinstance(value, bool | str):
-        return str(value)
-    return f"{value:,.1f}" if isinstance(value, float) else f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:,.1f}"
+    return f"{value:,}" if type(value) is int else str(value)

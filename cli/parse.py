@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Literal
 
 from ..kvcache.errors import ConfigError
 
@@ -25,3 +26,12 @@ def batch_size_or_auto(text: str) -> int | None:
     if not text.isdecimal() or int(text) < 1:
         raise ConfigError("no such batch size", expected="auto, or at least 1", found=text, remedy="Mend --batch-size")
     return int(text)
+
+
+def exclude_or_stop(word: str) -> Literal["exclude", "stop"]:
+    """The word itself, if it is one of the two."""
+    if word == "exclude":
+        return "exclude"
+    if word == "stop":
+        return "stop"
+    raise ConfigError("no such policy", expected="exclude or stop", found=word, remedy="Mend --on-nonfinite")

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from zarr.codecs import BytesCodec, Crc32cCodec
 
 from .files import PARTIAL
+from .integrity import metadata_checksums, seal
 from .layout import DIMENSION_NAMES, STORAGE_DTYPES, KVGeometry, dtype_name
 from .manifest import Manifest
 from .side_arrays import add_array
@@ -60,16 +61,17 @@ def create_store(
     try:
         group = zarr.create_group(building, zarr_format=3)
         _create_kv(group, table, geometry, shard_bytes)
-        _create_side_arrays(group, table)
-        for name, content in tokenizer_files.items():
-            add_array(group, f"tokenizer/{name}", np.frombuffer(content, np.uint8), ("byte",))
-        group.attrs[ATTRIBUTE] = {
-            "manifest": manifest.to_dict(),
-            "kvpipe_version": version("kvpipe"),
-            "split_names": list(table.split_names),
-            "truncated_samples": truncated,
-            "tokenizer_files": list(tokenizer_files),
-        }
+        checksums = _create_side_arrays(group, table, tokenizer_files)
+        group.attrs[ATTRIBUTE] = seal(
+            {
+                "manifest": manifest.to_dict(),
+                "kvpipe_version": version("kvpipe"),
+                "split_names": list(table.split_names),
+                "truncated_samples": truncated,
+                "tokenizer_files": list(tokenizer_files),
+                "checksums": checksums | metadata_checksums(building),
+            }
+        )
         building.rename(path)
     except BaseException:
         shutil.rmtree(building, ignore_errors=True)
@@ -112,11 +114,16 @@ def _create_kv(group: zarr.Group, table: SampleTable, geometry: KVGeometry, shar
     )
 
 
-def _create_side_arrays(group: zarr.Group, table: SampleTable) -> None:
-    add_array(group, "length", table.length, ("sample",))
-    add_array(group, "split", table.split, ("sample",))
-    add_array(group, "input_ids", table.input_ids, ("sample", "token"))
-    add_array(group, "segment_ids", table.segment_ids, ("sample", "token"))
-    add_array(group, "spans", table.spans, ("sample", "token", "edge"))
+def _create_side_arrays(group: zarr.Group, table: SampleTable, tokenizer_files: Mapping[str, bytes]) -> dict[str, int]:
     text = "".join(f"{json.dumps(record)}\n" for record in table.records).encode()
-    add_array(group, "text", np.frombuffer(text, np.uint8), ("byte",))
+    arrays: dict[str, tuple[NDArray[Any], tuple[str, ...]]] = {
+        "length": (table.length, ("sample",)),
+        "split": (table.split, ("sample",)),
+        "input_ids": (table.input_ids, ("sample", "token")),
+        "segment_ids": (table.segment_ids, ("sample", "token")),
+        "spans": (table.spans, ("sample", "token", "edge")),
+        "text": (np.frombuffer(text, np.uint8), ("byte",)),
+    }
+    for name, content in tokenizer_files.items():
+        arrays[f"tokenizer/{name}"] = np.frombuffer(content, np.uint8), ("byte",)
+    return {name: add_array(group, name, data, axes) for name, (data, axes) in arrays.items()}

@@ -153,13 +153,14 @@ def _without(document: Mapping[Any, Any], names: set[str]) -> dict[Any, Any]:
 
 
 def hash_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Hash of what a tokenizer does to text: its whole backend and its special tokens."""
+    """Hash of what a tokenizer does to text: its whole backend, its special tokens and its chat template."""
     backend = json.loads(tokenizer.backend_tokenizer.to_str()) if tokenizer.is_fast else tokenizer.get_vocab()
     if tokenizer.is_fast:
         # Set by the last call, not part of the tokenizer.
         backend.pop("truncation", None)
         backend.pop("padding", None)
-    return hash_json([backend, tokenizer.special_tokens_map])
+    template = getattr(tokenizer, "chat_template", None)
+    return hash_json([backend, tokenizer.special_tokens_map, *([template] if template else [])])
 
 
 def hash_weights(tensors: Iterable[tuple[str, Tensor]]) -> str:

@@ -80,8 +80,7 @@ class KVReader:
                 f"shard {number} of {self.store.path} is damaged at sample {index}",
                 expected="the bytes that the ledger recorded",
                 found=error,
-                remedy=f"Delete {self.store.ledger_path(number)} and run the same `kvpipe extract` again: "
-                "it writes this shard anew",
+                remedy="`kvpipe repair` writes damaged shards anew, given the teacher",
             ) from error
         out[:, :, :, blocks * layout.block :] = 0
 

@@ -11,9 +11,9 @@ zarr-python and tensorstore read the same files (tests/unit/kvcache/test_shard.p
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,23 @@ class ShardLayout:
         """Token blocks that a sample of `length` tokens fills."""
         return -(-length // self.block)
 
+    def index(self, lengths: Sequence[int], present: Sequence[bool]) -> NDArray[np.int64]:
+        """(offset, nbytes) `[samples, blocks, 2]` of every chunk of a shard whose samples have these lengths; EMPTY
+        where there is none, as for a sample that is not `present`."""
+        index = np.full((self.samples, self.blocks, 2), EMPTY, dtype="<i8")
+        first = 0
+        for row, (length, there) in enumerate(zip(lengths, present, strict=True)):
+            count = self.blocks_of(length)
+            if there:
+                index[row, :count, 0] = np.arange(first, first + count) * self.record_bytes
+                index[row, :count, 1] = self.record_bytes
+            first += count
+        return index
+
+    def shard_bytes(self, lengths: Sequence[int]) -> int:
+        """Size of a shard file whose samples have these lengths."""
+        return sum(map(self.blocks_of, lengths)) * self.record_bytes + self.index_bytes
+
 
 def crc32c(data: NDArray[np.uint8]) -> int:
     """The Castagnoli checksum of contiguous bytes."""
@@ -77,6 +94,7 @@ class ShardFile:
         self.layout = layout
         self.lengths = [int(length) for length in lengths]
         self._missing = set(range(len(self.lengths)))
+        self._excluded: set[int] = set()
         self._first = np.cumsum([0] + [layout.blocks_of(length) for length in self.lengths]).tolist()
         self._checksums = np.zeros((layout.samples, layout.blocks), dtype=np.uint32)
         self._file = PartialFile(path)
@@ -89,7 +107,7 @@ class ShardFile:
     @property
     def nbytes(self) -> int:
         """Size of the finished file."""
-        return int(self._first[-1]) * self.layout.record_bytes + self.layout.index_bytes
+        return self.layout.shard_bytes(self.lengths)
 
     def add(self, row: int, records: NDArray[np.uint8]) -> None:
         """Write sample `row`: its token blocks as `[blocks, record_bytes]`, which are changed in place (tokens past
@@ -111,15 +129,17 @@ class ShardFile:
         self._file.write_at(records.reshape(-1).data, self._first[row] * layout.record_bytes)
         self._missing.discard(row)
 
+    def exclude(self, row: int) -> None:
+        """Leave sample `row` out for good: its chunks are empty ones, its checksums 0."""
+        self._excluded.add(row)
+        self._missing.discard(row)
+
     def finish(self) -> NDArray[np.uint32]:
         """Write the index and put the file in place. Returns the checksums `[samples, blocks]` of its chunks,
         0 where a chunk is empty."""
         layout = self.layout
-        index = np.full((layout.samples, layout.blocks, 2), EMPTY, dtype="<i8")
-        for row, (first, last) in enumerate(pairwise(self._first)):
-            index[row, : last - first, 0] = np.arange(first, last) * layout.record_bytes
-            index[row, : last - first, 1] = layout.record_bytes
-        tail = index.reshape(-1).view(np.uint8)
+        present = [row not in self._excluded for row in range(len(self.lengths))]
+        tail = layout.index(self.lengths, present).reshape(-1).view(np.uint8)
         self._file.write_at(tail.tobytes() + _le32(crc32c(tail)).tobytes(), self.nbytes - layout.index_bytes)
         self._file.commit()
         return self._checksums

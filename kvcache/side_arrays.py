@@ -11,12 +11,16 @@ from numpy.typing import NDArray
 from zarr.codecs import Crc32cCodec, ZstdCodec
 
 from .errors import StoreError
+from .shard import crc32c
 
 CHUNK_BYTES = 2**22
 
 
-def add_array(group: zarr.Group, name: str, data: NDArray[Any], dimension_names: tuple[str, ...]) -> None:
-    """Write an array in chunks of whole rows. Every chunk is stored, zeros too: one that is missing is lost."""
+def add_array(group: zarr.Group, name: str, data: NDArray[Any], dimension_names: tuple[str, ...]) -> int:
+    """Write an array in chunks of whole rows; returns the checksum of its content.
+
+    Every chunk is stored, zeros too: one that is missing is lost.
+    """
     rows = max(1, min(len(data), CHUNK_BYTES // max(1, data[:1].nbytes)))
     with warnings.catch_warnings():
         # A file's name may hold a dot; every Zarr v3 reader takes it.
@@ -31,17 +35,27 @@ def add_array(group: zarr.Group, name: str, data: NDArray[Any], dimension_names:
             config={"write_empty_chunks": True},
         )
     array[...] = data
+    return content_checksum(data)
 
 
-def read_array(group: zarr.Group, name: str, rows: int | None = None) -> NDArray[Any]:
-    """A whole array, of `rows` rows if given. Raises StoreError where any of it is missing or damaged."""
+def content_checksum(data: NDArray[Any]) -> int:
+    """crc32c over an array's values in C order."""
+    return crc32c(np.ascontiguousarray(data).reshape(-1).view(np.uint8))
+
+
+def read_array(group: zarr.Group, name: str, checksum: int, rows: int | None = None) -> NDArray[Any]:
+    """A whole array, of `rows` rows if given. Raises StoreError where any of it is missing, damaged or not what
+    `add_array` gave `checksum` for, as chunks in each other's place are."""
     try:
         array = open_array(group, name)
         if rows is not None and array.shape[0] != rows:
             raise ValueError(f"{array.shape[0]} rows instead of {rows}")
         if array.nchunks_initialized != array.nchunks:
             raise ValueError(f"{array.nchunks - array.nchunks_initialized} of {array.nchunks} chunks are missing")
-        return np.asarray(array[...])
+        data = np.asarray(array[...])
+        if content_checksum(data) != checksum:
+            raise ValueError("its content fails its checksum")
+        return data
     except Exception as error:
         raise StoreError(
             f"{name} in {group.store_path} is damaged",

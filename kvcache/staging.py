@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 
 import torch
-from jaxtyping import Shaped
+from jaxtyping import Bool, Int, Shaped
 from torch import Tensor
 
 from .shard import ShardLayout
@@ -24,11 +24,14 @@ class Staging:
     def __init__(self) -> None:
         self._buffer = torch.empty(0)
 
-    def fill(self, pairs: Pairs, layout: ShardLayout) -> Shaped[Tensor, "B blocks items"]:
-        """The records of a batch: for every sample its token blocks, a chunk each with room for the checksum.
+    def fill(
+        self, pairs: Pairs, layout: ShardLayout, lengths: Int[Tensor, " B"]
+    ) -> tuple[Shaped[Tensor, "B blocks items"], Bool[Tensor, " B"]]:
+        """The records of a batch: for every sample its token blocks, a chunk each with room for the checksum; and
+        which samples are finite, all through their `lengths` tokens.
 
-        From a GPU the copy goes on after the return, on the current stream. The result lies in this buffer, so it
-        is valid until the next `fill`.
+        From a GPU the copies go on after the return, on the current stream. The records lie in this buffer, so they
+        are valid until the next `fill`.
         """
         first = pairs[0][0]
         batch, _, tokens, _ = first.shape
@@ -36,16 +39,24 @@ class Staging:
         records = self._memory(math.prod(shape), first).view(shape)
         if not first.is_cuda:
             _lay_out(pairs, records, layout)
-            return records
+            return records, _finite(pairs, lengths)
         # Laid out on the GPU, so that what crosses the bus is one contiguous copy.
         laid_out = torch.empty(shape, dtype=first.dtype, device=first.device)
         _lay_out(pairs, laid_out, layout)
-        return records.copy_(laid_out, non_blocking=True)
+        records.copy_(laid_out, non_blocking=True)
+        return records, _finite(pairs, lengths).to("cpu", non_blocking=True)
 
     def _memory(self, items: int, like: Tensor) -> Tensor:
         if len(self._buffer) < items or self._buffer.dtype != like.dtype:
             self._buffer = torch.empty(items, dtype=like.dtype, pin_memory=like.is_cuda)
         return self._buffer[:items]
+
+
+def _finite(pairs: Pairs, lengths: Int[Tensor, " B"]) -> Bool[Tensor, " B"]:
+    """NaN and infinity survive every sum, and a sum reads its numbers only once."""
+    sums = torch.stack([tensor.sum((1, 3), dtype=torch.float32) for pair in pairs for tensor in pair])
+    real = torch.arange(sums.shape[2], device=sums.device) < lengths.to(sums.device)[:, None]
+    return (sums.isfinite() | ~real).all(2).all(0)
 
 
 def _lay_out(pairs: Pairs, records: Tensor, layout: ShardLayout) -> None:

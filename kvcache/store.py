@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from .errors import StoreError
 from .files import write_atomic
+from .integrity import is_metadata, require_metadata, require_seal, seal
 from .layout import DIMENSION_NAMES, LOGICAL_DTYPES, STORAGE_DTYPES, KVGeometry, dtype_name
 from .manifest import Manifest
 from .shard import CRC_BYTES, ShardLayout, crc32c
@@ -29,6 +30,9 @@ class KVStore:
         self.path = path
         self.group = group
         attributes = group.attrs[ATTRIBUTE]
+        require_seal(attributes)
+        self._checksums: dict[str, int] = dict(attributes["checksums"])
+        require_metadata(path, self._checksums)
         self.manifest = Manifest.from_dict(attributes["manifest"])
         self.kvpipe_version: str = attributes["kvpipe_version"]
         self.truncated: int = attributes["truncated_samples"]
@@ -76,49 +80,68 @@ class KVStore:
 
     # ------------------------------------------------------------------ provenance
 
-    def add_extraction(self, seconds: float, tokens: int, device: str) -> None:
+    def add_extraction(self, seconds: float, tokens: int, device: str, batch_size: int | None) -> None:
         """Note what a (perhaps resumed) extraction cost; not part of the store's identity."""
         group = zarr.open_group(self.path, mode="r+")
-        group.attrs[ATTRIBUTE] = {
-            **group.attrs[ATTRIBUTE],
-            "extraction": {
-                "seconds": self.extraction["seconds"] + seconds,
-                "tokens": self.extraction["tokens"] + tokens,
-                "device": device,
-            },
+        extraction = {
+            "seconds": self.extraction["seconds"] + seconds,
+            "tokens": self.extraction["tokens"] + tokens,
+            "device": device,
+            "batch_size": batch_size,
         }
+        group.attrs[ATTRIBUTE] = seal({**group.attrs[ATTRIBUTE], "extraction": extraction})
         self.group = group
 
     @property
     def extraction(self) -> dict[str, Any]:
-        """Seconds and tokens the teacher took for this store, over all resumed runs, and its last device."""
-        return self.group.attrs[ATTRIBUTE].get("extraction", {"seconds": 0.0, "tokens": 0, "device": ""})
+        """Seconds and tokens the teacher took for this store, over all resumed runs; its last device and batch size."""
+        nothing = {"seconds": 0.0, "tokens": 0, "device": "", "batch_size": None}
+        return self.group.attrs[ATTRIBUTE].get("extraction", nothing)
 
     # ------------------------------------------------------------------ what is in it
+
+    @property
+    def side_arrays(self) -> list[str]:
+        """Names of all arrays but the KV and its ledger."""
+        return [name for name in self._checksums if not is_metadata(name)]
+
+    def read_side_array(self, name: str, rows: int | None = None) -> NDArray[Any]:
+        """A whole array. Raises StoreError where it is missing, damaged or of another number of `rows`."""
+        return read_array(self.group, name, self._checksums[name], rows)
 
     @cached_property
     def length(self) -> NDArray[np.int32]:
         """Tokens of every sample `[B]`."""
-        return np.asarray(read_array(self.group, "length", self.num_samples), dtype=np.int32)
+        return np.asarray(self.read_side_array("length", self.num_samples), dtype=np.int32)
 
     @cached_property
     def input_ids(self) -> NDArray[np.int32]:
         """Token ids `[B, T]`, zeros past a sample's length."""
-        return np.asarray(read_array(self.group, "input_ids", self.num_samples), dtype=np.int32)
+        return np.asarray(self.read_side_array("input_ids", self.num_samples), dtype=np.int32)
 
     @cached_property
     def segment_ids(self) -> NDArray[np.int8]:
         """Segment of every token `[B, T]`, -1 past a sample's length."""
-        return np.asarray(read_array(self.group, "segment_ids", self.num_samples), dtype=np.int8)
+        return np.asarray(self.read_side_array("segment_ids", self.num_samples), dtype=np.int8)
 
     @cached_property
     def records(self) -> list[dict[str, Any]]:
         """The samples as they were read: id, prompt, reasoning, answer."""
-        text = np.asarray(read_array(self.group, "text"), dtype=np.uint8).tobytes()
+        text = np.asarray(self.read_side_array("text"), dtype=np.uint8).tobytes()
         return [json.loads(line) for line in text.splitlines()]
 
+    @cached_property
+    def excluded(self) -> NDArray[np.int64]:
+        """Positions of samples that have no KV, for the teacher's was not finite: the ledger holds 0 for all their
+        chunks. Of finished shards."""
+        found = []
+        for shard in sorted(self.finished_shards()):
+            samples, checksums = self.shard_samples(shard), self.shard_checksums(shard)
+            found += [samples[row] for row in np.flatnonzero(~checksums[: len(samples)].any(axis=1))]
+        return np.array(found, dtype=np.int64)
+
     def indices(self, split: str) -> NDArray[np.int64]:
-        """Positions of a split's samples. Raises StoreError for a split that is not in the store."""
+        """Positions of a split's samples, without the excluded ones. Raises StoreError for an unknown split."""
         if split not in self.split_names:
             raise StoreError(
                 f"{self.path} has no such split",
@@ -126,12 +149,13 @@ class KVStore:
                 found=split,
                 remedy="Name a split that is in the store",
             )
-        split_ids = read_array(self.group, "split", self.num_samples)
-        return np.flatnonzero(split_ids == self.split_names.index(split))
+        split_ids = self.read_side_array("split", self.num_samples)
+        positions = np.flatnonzero(split_ids == self.split_names.index(split))
+        return positions[~np.isin(positions, self.excluded)]
 
     def tokenizer_files(self) -> dict[str, bytes]:
         """The tokenizer's files, by name: enough to rebuild it without the teacher."""
-        return {name: read_array(self.group, f"tokenizer/{name}").tobytes() for name in self._tokenizer_names}
+        return {name: self.read_side_array(f"tokenizer/{name}").tobytes() for name in self._tokenizer_names}
 
     def summary(self) -> dict[str, Any]:
         """What `kvpipe inspect` shows, as JSON types."""
@@ -146,6 +170,7 @@ class KVStore:
             "samples": {split: len(self.indices(split)) for split in self.split_names},
             "tokens": tokens,
             "truncated_samples": self.truncated,
+            "excluded_samples": len(self.excluded),
             "dtype": dtype_name(self.dtype),
             "bytes_on_disk": size,
             "bytes_per_token": size / tokens,

@@ -9,14 +9,18 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from .errors import ModelError
 from .layout import KVGeometry
 from .shard import ShardFile
 from .staging import Pairs, Staging
 from .store import KVStore
+
+OnNonfinite = Literal["exclude", "stop"]
 
 
 @dataclass(frozen=True)
@@ -34,14 +38,21 @@ class ShardWriter:
     a model that computes on every core stands still for as long as one of them is taken, and longer (measured in
     `benchmarks/extraction.py`). What remains of a shard, flushing it to the disk, is the thread's in both cases.
 
+    A sample with NaN or infinity is never written as good: it is left out of its shard for good, and listed in
+    `excluded`; with `on_nonfinite="stop"` it raises ModelError instead.
+
     Batches may come in any order; samples of shards that are not in `shards` are ignored. Memory is bounded by
     `queue_size + 1` batches. A failure in the thread is raised, as the error it was, by the next `put` or by
     leaving the context. Unfinished shards are dropped, never left behind.
     """
 
-    def __init__(self, store: KVStore, shards: Iterable[int], queue_size: int = 2) -> None:
+    def __init__(
+        self, store: KVStore, shards: Iterable[int], queue_size: int = 2, on_nonfinite: OnNonfinite = "exclude"
+    ) -> None:
         self.bytes_written = 0
         self.wait_seconds = 0.0
+        self.excluded: list[int] = []
+        self._on_nonfinite = on_nonfinite
         self._store = store
         self._pending = set(shards)
         self._files: dict[int, ShardFile] = {}
@@ -82,13 +93,14 @@ class ShardWriter:
         start = time.perf_counter()
         staging = self._free.get()
         self.wait_seconds += time.perf_counter() - start
+        lengths = torch.from_numpy(self._store.length[list(indices)])
         if pairs[0][0].is_cuda:
-            records, copied = self._copy_beside(pairs, staging)
-            self._jobs.put(_Job(partial(self._write, list(indices), records, copied), staging))
+            job = partial(self._write, list(indices), *self._copy_beside(pairs, lengths, staging))
+            self._jobs.put(_Job(job, staging))
             return
-        records = staging.fill(pairs, self._store.layout)
+        records, finite = staging.fill(pairs, self._store.layout, lengths)
         start = time.perf_counter()
-        self._add(indices, records, lambda shard: self._jobs.put(_Job(partial(self._finish, shard))))
+        self._add(indices, records, finite, lambda shard: self._jobs.put(_Job(partial(self._finish, shard))))
         self.wait_seconds += time.perf_counter() - start
         self._free.put(staging)
 
@@ -103,18 +115,19 @@ class ShardWriter:
                 f"tokens, found {found} for {batch} samples of {num_tokens}"
             )
 
-    def _copy_beside(self, pairs: Pairs, staging: Staging) -> tuple[Tensor, torch.cuda.Event]:
-        """Records, and the event after which they hold: a side stream copies while the teacher computes on."""
+    def _copy_beside(self, pairs: Pairs, lengths: Tensor, staging: Staging) -> tuple[Tensor, Tensor, torch.cuda.Event]:
+        """What `staging.fill` returns, and the event after which it holds: a side stream copies while the teacher
+        computes on."""
         device = pairs[0][0].device
         self._stream = self._stream or torch.cuda.Stream(device)
         self._stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(self._stream):
             for tensor in (tensor for pair in pairs for tensor in pair):
                 tensor.record_stream(self._stream)
-            records = staging.fill(pairs, self._store.layout)
+            records, finite = staging.fill(pairs, self._store.layout, lengths)
             copied = torch.cuda.Event()
             copied.record(self._stream)
-        return records, copied
+        return records, finite, copied
 
     def _run(self) -> None:
         while (job := self._jobs.get()) is not None:
@@ -126,11 +139,11 @@ class ShardWriter:
             if job.staging is not None:
                 self._free.put(job.staging)
 
-    def _write(self, indices: list[int], records: Tensor, copied: torch.cuda.Event) -> None:
+    def _write(self, indices: list[int], records: Tensor, finite: Tensor, copied: torch.cuda.Event) -> None:
         copied.synchronize()
-        self._add(indices, records, self._finish)
+        self._add(indices, records, finite, self._finish)
 
-    def _add(self, indices: Sequence[int], records: Tensor, finish: Callable[[int], None]) -> None:
+    def _add(self, indices: Sequence[int], records: Tensor, finite: Tensor, finish: Callable[[int], None]) -> None:
         """Write samples to their places; `finish` is called for a shard that has them all."""
         layout, data = self._store.layout, records.view(torch.uint8).numpy()
         for row, index in enumerate(indices):
@@ -138,10 +151,24 @@ class ShardWriter:
             if shard not in self._pending:
                 continue
             file = self._file(shard)
-            file.add(position, data[row, : layout.blocks_of(file.lengths[position])])
+            if finite[row]:
+                file.add(position, data[row, : layout.blocks_of(file.lengths[position])])
+            else:
+                self._exclude(index)
+                file.exclude(position)
             if file.remaining == 0:
                 self._pending.discard(shard)
                 finish(shard)
+
+    def _exclude(self, index: int) -> None:
+        if self._on_nonfinite == "stop":
+            raise ModelError(
+                f"the teacher's KV of sample {self._store.records[index]['id']} is not finite",
+                expected="numbers",
+                found="NaN or infinity",
+                remedy="Choose a --dtype with more range, or leave such samples out with --on-nonfinite exclude",
+            )
+        self.excluded.append(index)
 
     def _file(self, shard: int) -> ShardFile:
         if shard not in self._files:

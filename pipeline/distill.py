@@ -24,6 +24,7 @@ from ..kvcache.align.head_projection import KVSpace
 from ..kvcache.align.layer_map import ratio_map
 from ..kvcache.errors import StoreError
 from ..kvcache.files import write_atomic
+from ..kvcache.lock import only_writer
 from ..kvcache.manifest import hash_json, hash_weights
 from ..kvcache.store import KVStore
 from .callbacks import MetricsFile, TrainingProgress
@@ -60,12 +61,14 @@ def distill(
     *,
     device: str = "auto",
     overwrite: bool = False,
+    save_steps: int | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Train one student and return its run record, also written to `run_dir`.
 
-    A finished run is returned as it is; an interrupted one goes on from its last checkpoint. Raises
-    ConfigError, ModelError or StoreError for what the user can mend, CollapseError for a collapsed target.
+    A checkpoint is written every `save_steps` steps, by default after every epoch. A finished run is returned as it
+    is; an interrupted one goes on from its last checkpoint. Raises ConfigError, ModelError or StoreError for what
+    the user can mend, CollapseError for a collapsed target.
     """
     started = time.perf_counter()
     resolved = resolve_device(device)
@@ -75,28 +78,35 @@ def distill(
     run.require_free(identity, overwrite=overwrite)
     if not overwrite and (record := run.record) is not None:
         return record
-    parts = _build(config, store)
-    # Only now, when nothing the user can mend stands in the way, does the folder change.
-    run.claim(identity, overwrite=overwrite)
-    trainer = _trainer(parts, config, run, resolved)
-    setup_done = time.perf_counter()
+    with only_writer(run_dir):
+        parts = _build(config, store)
+        # Only now, when nothing the user can mend stands in the way, does the folder change.
+        run.claim(identity, overwrite=overwrite)
+        trainer = _trainer(parts, config, _arguments(config, run, resolved, save_steps), run)
+        setup_done = time.perf_counter()
+        resumed_from = _train(trainer, run, progress)
+        train_done = time.perf_counter()
+        metrics = _final_metrics(parts, store, config, run)
+        _save(parts, run)
+        record = {
+            "name": run_dir.name,
+            "store": {"path": str(store_path), "manifest": store.manifest.hash},
+            "resumed_from": resumed_from,
+            "metrics": metrics,
+            **_description(parts, trainer, config, resolved),
+            **_costs(trainer, started, setup_done, train_done),
+        }
+        run.finish(record)
+    return record
+
+
+def _train(trainer: DistillTrainer, run: RunDirectory, progress: Progress | None) -> str | None:
+    """Train to the end; returns the name of the checkpoint it went on from, if there was one."""
     checkpoint = run.last_checkpoint()
     with progress or progress_bar() as bar:
-        trainer.add_callback(TrainingProgress(bar, run_dir.name))
+        trainer.add_callback(TrainingProgress(bar, run.path.name))
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    train_done = time.perf_counter()
-    metrics = _final_metrics(parts, store, config, run)
-    _save(parts, run)
-    record = {
-        "name": run_dir.name,
-        "store": {"path": str(store_path), "manifest": store.manifest.hash},
-        "resumed_from": checkpoint.name if checkpoint else None,
-        "metrics": metrics,
-        **_description(parts, trainer, config, resolved),
-        **_costs(trainer, started, setup_done, train_done),
-    }
-    run.finish(record)
-    return record
+    return checkpoint.name if checkpoint else None
 
 
 @dataclass(frozen=True)
@@ -139,10 +149,10 @@ def _build(config: DistillConfig, store: KVStore) -> _Parts:
     return _Parts(distiller, tokenizer, data, batches, held_out, evaluate, pairing)
 
 
-def _trainer(parts: _Parts, config: DistillConfig, run: RunDirectory, device: torch.device) -> DistillTrainer:
+def _trainer(parts: _Parts, config: DistillConfig, arguments: TrainingArguments, run: RunDirectory) -> DistillTrainer:
     trainer = DistillTrainer(
         parts.distiller,
-        _arguments(config, run, device),
+        arguments,
         config,
         parts.data,
         parts.batches,
@@ -181,7 +191,9 @@ def _build_aligner(
     return aligner
 
 
-def _arguments(config: DistillConfig, run: RunDirectory, device: torch.device) -> TrainingArguments:
+def _arguments(
+    config: DistillConfig, run: RunDirectory, device: torch.device, save_steps: int | None
+) -> TrainingArguments:
     arguments = TrainingArguments(
         output_dir=str(run.checkpoints),
         learning_rate=config.learning_rate,
@@ -196,7 +208,8 @@ def _arguments(config: DistillConfig, run: RunDirectory, device: torch.device) -
         logging_steps=10,
         logging_nan_inf_filter=False,
         eval_strategy="epoch",
-        save_strategy="epoch",
+        save_strategy="epoch" if save_steps is None else "steps",
+        save_steps=save_steps or 1,
         save_total_limit=1,
         use_cpu=device.type == "cpu",
         dataloader_pin_memory=device.type == "cuda",

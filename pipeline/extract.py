@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
@@ -15,15 +13,14 @@ import torch
 from rich.progress import Progress
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..data.batching import length_batches
 from ..data.corpus import BUILTIN_DATASET, Corpus, load_corpus
 from ..data.sample import Segment
 from ..data.tokenize import TokenizedSample, tokenize
-from ..kvcache.capture import CaptureCache
 from ..kvcache.create import TOKEN_BLOCK, SampleTable, create_store, padded_bytes
 from ..kvcache.errors import ConfigError, StoreError
 from ..kvcache.files import PARTIAL
-from ..kvcache.layout import KVGeometry, dtype_name, layer_pairs
+from ..kvcache.layout import KVGeometry, dtype_name
+from ..kvcache.lock import only_writer
 from ..kvcache.manifest import (
     SCHEMA_VERSION,
     DatasetIdentity,
@@ -35,22 +32,13 @@ from ..kvcache.manifest import (
     hash_weights,
     rope_parameters,
 )
-from ..kvcache.staging import Pairs
 from ..kvcache.store import KVStore
-from ..kvcache.writer import ShardWriter
+from ..kvcache.writer import OnNonfinite
 from .models import builtin_teachers, load_teacher, load_tokenizer, resolve_device, resolve_dtype, tokenizer_files
 from .progress import progress_bar
+from .teacher_pass import ExtractReport, capture_kv, run_teacher
 
 DEFAULT_MAX_TOKENS = 1024
-AUTO_BATCH_TOKENS = {"cpu": 2048, "cuda": 32768}
-"""Padded tokens in a batch under `--batch-size auto`."""
-
-WINDOW_BATCHES = 8
-"""Samples are grouped by length within windows of whole shards that hold about this many batches."""
-
-MAX_OPEN_SHARDS = 64
-"""Shards of a window are written side by side, each through a file handle of its own."""
-
 SHARDS_OF_SMALL_STORE = 16
 MIN_SHARD_BYTES = 16_000_000
 """A small store is cut into several shards as well: an interruption costs a shard, not half of the store."""
@@ -73,17 +61,7 @@ class ExtractConfig:
     revision: str | None = None
     trust_remote_code: bool = False
     seed: int = 0
-
-
-@dataclass(frozen=True)
-class ExtractReport:
-    """What one call of `extract` did. `seconds` and `teacher_tokens` are zero where nothing was left to do."""
-
-    store: KVStore
-    seconds: float
-    teacher_tokens: int
-    bytes_written: int
-    wait_seconds: float
+    on_nonfinite: OnNonfinite = "exclude"
 
 
 def default_store(model: str) -> Path:
@@ -100,6 +78,14 @@ def extract(config: ExtractConfig, progress: Progress | None = None) -> ExtractR
         raise ConfigError("no such batch", expected="at least 1", found=config.batch_size, remedy="Mend --batch-size")
     device, dtype = resolve_device(config.device), resolve_dtype(config.dtype)
     corpus = load_corpus(config.dataset, config.samples, config.eval_samples, config.seed)
+    _require_folder(config.store)
+    with only_writer(config.store):
+        return _extract(config, corpus, device, dtype, progress)
+
+
+def _extract(
+    config: ExtractConfig, corpus: Corpus, device: torch.device, dtype: torch.dtype | str, progress: Progress | None
+) -> ExtractReport:
     source: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     tokenizer = load_tokenizer(config.model, **source)
     teacher = load_teacher(config.model, dtype=dtype, device=device, **source)
@@ -108,15 +94,7 @@ def extract(config: ExtractConfig, progress: Progress | None = None) -> ExtractR
     manifest = _manifest(config, teacher, tokenizer, corpus, max_tokens)
     store = _open_or_create(config, manifest, teacher, tokenizer, corpus, tokens)
     with progress or progress_bar() as bar:
-        return _fill(store, teacher, config, bar)
-
-
-def capture_kv(model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> Pairs:
-    """Key and value `[B, H, T, D]` of every layer, from one forward of the base model (no LM head)."""
-    cache = CaptureCache(model.config)
-    model.base_model(input_ids=input_ids, attention_mask=attention_mask, past_key_values=cache, use_cache=True)
-    cache.check_complete()
-    return layer_pairs(cache)
+        return run_teacher(store, teacher, config.batch_size, bar, on_nonfinite=config.on_nonfinite)
 
 
 def _max_tokens(requested: int | None, teacher: PreTrainedModel) -> int:
@@ -202,7 +180,8 @@ def _probe(teacher: PreTrainedModel, sample: TokenizedSample) -> KVGeometry:
     return KVGeometry(len(pairs), num_kv_heads, head_dim, pairs[0][0].dtype)
 
 
-def _require_space(path: Path, needed: int) -> None:
+def _require_folder(path: Path) -> Path:
+    """The deepest folder on the way to a store that is there. Raises StoreError where a file is in the way."""
     existing = next(parent for parent in path.absolute().parents if parent.exists())
     if not existing.is_dir():
         raise StoreError(
@@ -211,7 +190,11 @@ def _require_space(path: Path, needed: int) -> None:
             found=f"the file {existing}",
             remedy="Place it elsewhere with --store",
         )
-    free = shutil.disk_usage(existing).free
+    return existing
+
+
+def _require_space(path: Path, needed: int) -> None:
+    free = shutil.disk_usage(_require_folder(path)).free
     if free < needed:
         raise StoreError(
             f"not enough space for {path}",
@@ -240,53 +223,3 @@ def _sample_table(corpus: Corpus, tokens: list[TokenizedSample]) -> SampleTable:
         table.segment_ids[row, : len(sample)] = sample.segment_ids
         table.spans[row, : len(sample)] = sample.spans
     return table
-
-
-def plan_batches(store: KVStore, config: ExtractConfig, device: torch.device, missing: set[int]) -> Iterator[list[int]]:
-    """The batches that fill the `missing` shards.
-
-    A batch's samples depend on the store's lengths and the batch size alone, never on what is already
-    written: a resumed extraction repeats the very same forwards, so it ends with the very same bytes.
-    """
-    max_tokens = AUTO_BATCH_TOKENS[device.type]
-    mean_batch = config.batch_size or max(1, max_tokens // int(store.length.mean()))
-    one_batch, window = (-(-count * mean_batch // store.layout.samples) for count in (1, WINDOW_BATCHES))
-    window = max(min(window, MAX_OPEN_SHARDS), one_batch)
-    for first in range(0, store.num_shards, window):
-        last = min(first + window, store.num_shards) - 1
-        samples = range(store.shard_samples(first).start, store.shard_samples(last).stop)
-        for batch in length_batches(samples, store.length, config.batch_size, max_tokens):
-            if any(index // store.layout.samples in missing for index in batch):
-                yield batch
-
-
-@torch.inference_mode()
-def _fill(store: KVStore, teacher: PreTrainedModel, config: ExtractConfig, progress: Progress) -> ExtractReport:
-    missing = set(range(store.num_shards)) - store.finished_shards()
-    if not missing:
-        return ExtractReport(store, seconds=0.0, teacher_tokens=0, bytes_written=0, wait_seconds=0.0)
-    batches = list(plan_batches(store, config, teacher.device, missing))
-    total = int(sum(store.length[i] for batch in batches for i in batch))
-    task = progress.add_task("extract", total=total, status="")
-    start, tokens = time.perf_counter(), 0
-    try:
-        with ShardWriter(store, missing) as writer:
-            for batch in batches:
-                length = torch.from_numpy(store.length[batch])
-                width = int(length.max())
-                ids = torch.from_numpy(store.input_ids[batch, :width].astype(np.int64)).to(teacher.device)
-                mask = (torch.arange(width)[None] < length[:, None]).long().to(teacher.device)
-                writer.put(batch, capture_kv(teacher, ids, mask))
-                tokens += int(length.sum())
-                progress.update(task, completed=tokens, status=_status(writer, tokens, time.perf_counter() - start))
-    finally:
-        # An interrupted run has cost the teacher's time as well.
-        seconds = time.perf_counter() - start
-        if tokens:
-            store.add_extraction(seconds, tokens, str(teacher.device))
-    return ExtractReport(store, seconds, tokens, writer.bytes_written, writer.wait_seconds)
-
-
-def _status(writer: ShardWriter, tokens: int, seconds: float) -> str:
-    rate, wait = tokens / seconds, writer.wait_seconds / seconds
-    return f"{rate:,.0f} tokens/s · {writer.bytes_written / 1e9:.2f} GB written · disk wait {wait:.0%}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, Task, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.table import Column
 from rich.text import Text
 
 
@@ -21,6 +22,6 @@ def progress_bar(console: Console | None = None) -> Progress:
         BarColumn(),
         TaskProgressColumn(),
         TextColumn("{task.fields[status]}"),
-        _TimeLeft(compact=True, elapsed_when_finished=True),
+        _TimeLeft(compact=True, elapsed_when_finished=True, table_column=Column(no_wrap=True)),
         console=console or Console(stderr=True),
     )

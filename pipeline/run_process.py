@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import sys
+import threading
 from functools import cache
 from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
@@ -55,8 +56,17 @@ def _run(config: DistillConfig, store: Path, run_dir: Path, device: str, threads
     with log.open("wb") as output:
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
     try:
         distill(config, store, run_dir, device=device)
     except (KVPipeError, DataError) as error:
         sys.exit(f"{type(error).__name__}: {error}")
+
+
+def _end_with_parent() -> None:
+    """A killed experiment stops no run: each sees for itself that nobody waits for it any more."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)

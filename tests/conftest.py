@@ -73,6 +73,10 @@ TINY_CONFIGS: dict[str, PreTrainedConfig] = {
 }
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--faults", choices=("quick", "full"), default="quick", help="how many faults tests/faults tries")
+
+
 @pytest.fixture(params=sorted(TINY_CONFIGS))
 def tiny_config(request: pytest.FixtureRequest) -> PreTrainedConfig:
     """A small configuration of every architecture under test, one after the other."""

@@ -31,8 +31,8 @@ def new_group(path: Path) -> zarr.Group:
 def test_arrays_read_back_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: NDArray[np.generic]) -> None:
     monkeypatch.setattr(side_arrays, "CHUNK_BYTES", 16)  # several chunks
     names = ("a", "b", "c")[: data.ndim]
-    add_array(new_group(tmp_path), "file.json", data, names)
-    found = read_array(zarr.open_group(tmp_path, mode="r"), "file.json", len(data))
+    checksum = add_array(new_group(tmp_path), "file.json", data, names)
+    found = read_array(zarr.open_group(tmp_path, mode="r"), "file.json", checksum, len(data))
     assert found.dtype == data.dtype
     assert np.array_equal(found, data)
     kvstore = {"driver": "file", "path": str(tmp_path / "file.json")}
@@ -45,7 +45,7 @@ def test_every_flipped_bit_and_every_missing_chunk_is_seen(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: NDArray[np.int32]
 ) -> None:
     monkeypatch.setattr(side_arrays, "CHUNK_BYTES", 80)
-    add_array(new_group(tmp_path), "x", data, ("i",))
+    checksum = add_array(new_group(tmp_path), "x", data, ("i",))
     group = zarr.open_group(tmp_path, mode="r")
     chunk = tmp_path / "x" / "c" / "1"
     whole = chunk.read_bytes()
@@ -53,19 +53,31 @@ def test_every_flipped_bit_and_every_missing_chunk_is_seen(
     for content in [*damaged, whole[:-1], b""]:
         chunk.write_bytes(content)
         with pytest.raises(StoreError, match=r"x in .* is damaged"):
-            read_array(group, "x")
+            read_array(group, "x", checksum)
     chunk.unlink()
     with pytest.raises(StoreError, match="1 of 2 chunks are missing"):
-        read_array(group, "x")
+        read_array(group, "x", checksum)
+
+
+def test_chunks_in_each_others_place_are_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both are whole and valid by their own checksums."""
+    monkeypatch.setattr(side_arrays, "CHUNK_BYTES", 80)
+    checksum = add_array(new_group(tmp_path), "x", np.arange(40, dtype=np.int32), ("i",))
+    first, second = (tmp_path / "x" / "c" / name for name in "01")
+    kept = first.read_bytes()
+    first.write_bytes(second.read_bytes())
+    second.write_bytes(kept)
+    with pytest.raises(StoreError, match="its content fails its checksum"):
+        read_array(zarr.open_group(tmp_path, mode="r"), "x", checksum)
 
 
 def test_missing_arrays_groups_and_rows_are_refused(tmp_path: Path) -> None:
     group = new_group(tmp_path)
     group.create_group("inner")
-    add_array(group, "x", np.arange(3), ("i",))
+    checksum = add_array(group, "x", np.arange(3), ("i",))
     with pytest.raises(StoreError, match="KeyError"):
-        read_array(group, "nothing")
+        read_array(group, "nothing", checksum)
     with pytest.raises(StoreError, match="inner is not an array"):
-        read_array(group, "inner")
+        read_array(group, "inner", checksum)
     with pytest.raises(StoreError, match="3 rows instead of 4"):
-        read_array(group, "x", 4)
+        read_array(group, "x", checksum, 4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -30,7 +31,8 @@ def test_every_value_finds_its_block(
     kv = kv.view(num_layers, 2, batch, heads, tokens, head_dim)
     if transposed:
         kv = kv.transpose(3, 4).contiguous().transpose(3, 4)
-    records = Staging().fill([(key, value) for key, value in kv], layout)
+    records, finite = Staging().fill([(key, value) for key, value in kv], layout, torch.full((batch,), tokens))
+    assert finite.all()
     assert records.view(torch.uint8).shape == (batch, layout.blocks, layout.record_bytes)
     for b in range(batch):
         for blk in range(layout.blocks):
@@ -42,6 +44,19 @@ def test_every_value_finds_its_block(
 def test_the_buffer_is_reused() -> None:
     layout = ShardLayout(1, 1, 2, 4, 1, 2, np.dtype(np.float32))
     staging = Staging()
-    first = staging.fill([(torch.ones(2, 1, 8, 2), torch.ones(2, 1, 8, 2))], layout)
-    second = staging.fill([(torch.zeros(1, 1, 5, 2), torch.zeros(1, 1, 5, 2))], layout)
+    first, _ = staging.fill([(torch.ones(2, 1, 8, 2), torch.ones(2, 1, 8, 2))], layout, torch.tensor([8, 8]))
+    second, _ = staging.fill([(torch.zeros(1, 1, 5, 2), torch.zeros(1, 1, 5, 2))], layout, torch.tensor([5]))
     assert first.data_ptr() == second.data_ptr()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", STORAGE_DTYPES)
+def test_one_number_that_is_none_is_seen_and_padding_does_not_count(dtype: torch.dtype, bad: float) -> None:
+    layout = ShardLayout(2, 2, 3, 4, 1, 2, np.dtype(STORAGE_DTYPES[dtype]))
+    lengths = torch.tensor([5, 8, 3])
+    for index in np.ndindex(2, 2, 3, 2, 8, 3):
+        layer, kind, sample, head, token, channel = index
+        kv = torch.full((2, 2, 3, 2, 8, 3), torch.finfo(dtype).max / 64, dtype=dtype)
+        kv[layer, kind, sample, head, token, channel] = bad
+        _, finite = Staging().fill([(key, value) for key, value in kv], layout, lengths)
+        assert finite.tolist() == [row != sample or token >= lengths[row] for row in range(3)]

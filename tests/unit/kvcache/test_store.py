@@ -77,10 +77,17 @@ def test_a_store_without_a_tokenizer_opens(make_store: MakeStore) -> None:
 def test_extraction_costs_add_up_and_are_not_part_of_the_identity(make_store: MakeStore) -> None:
     store, _ = make_store([1], fill=False)
     assert store.extraction["tokens"] == 0
-    store.add_extraction(1.5, 10, "cpu")
-    store.add_extraction(2.0, 5, "cuda:0")
+    store.add_extraction(1.5, 10, "cpu", None)
+    store.add_extraction(2.0, 5, "cuda:0", 8)
     again = KVStore.open(store.path)
-    assert again.extraction == store.extraction == {"seconds": 3.5, "tokens": 15, "device": "cuda:0"}
+    assert (
+        again.extraction
+        == store.extraction
+        == {
+            **{"seconds": 3.5, "tokens": 15},
+            **{"device": "cuda:0", "batch_size": 8},
+        }
+    )
     assert again.manifest.hash == store.manifest.hash
 
 
@@ -161,7 +168,7 @@ def test_another_logical_dtype_is_refused(make_store: MakeStore) -> None:
     store, _ = make_store([5])
     file = store.path / "kv" / "zarr.json"
     file.write_text(file.read_text().replace('"bfloat16"', '"float16"'))
-    with pytest.raises(StoreError, match="not a sharded array of bfloat16"):
+    with pytest.raises(StoreError, match=r"kv/zarr\.json fails its checksum"):
         KVStore.open(store.path)
 
 
@@ -169,7 +176,7 @@ def test_a_failed_creation_leaves_nothing(make_store: MakeStore, tmp_path_factor
     before = set(tmp_path_factory.getbasetemp().iterdir())
     with pytest.raises(TypeError, match="not JSON serializable"):
         make_store([5], records=[{"id": object()}])
-    (folder,) = set(tmp_path_factory.getbasetemp().iterdir()) - before
+    (folder,) = (path for path in set(tmp_path_factory.getbasetemp().iterdir()) - before if not path.is_symlink())
     assert list(folder.iterdir()) == []
 
 

@@ -7,10 +7,13 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+import zarr
 from hypothesis import given
 from hypothesis import strategies as st
+from kvpipe.kvcache.errors import ModelError, StoreError
 from kvpipe.kvcache.reader import KVReader
 from kvpipe.kvcache.store import KVStore
 from kvpipe.kvcache.writer import ShardWriter
@@ -68,6 +71,36 @@ def test_padding_is_not_written(make_store: MakeStore) -> None:
     with ShardWriter(store, [0]) as writer:
         writer.put([0, 1], pairs(garbage, [0, 1]))
     assert torch.equal(KVReader(store).read([0, 1], 64), kv)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_sample_that_is_not_finite_is_left_out_and_known(make_store: MakeStore, bad: float) -> None:
+    store, kv = make_store([5, 40, 33, 2], fill=False)
+    broken = kv.clone()
+    broken[1, 0, 1, 1, 39, 3] = bad
+    with ShardWriter(store, range(2)) as writer:
+        writer.put(range(4), pairs(broken, range(4)))
+    assert writer.excluded == [1]
+    assert store.complete
+    assert store.excluded.tolist() == [1]
+    assert [store.indices(split).tolist() for split in ("train", "test")] == [[0, 2], [3]]
+    reader = KVReader(store)
+    assert torch.equal(reader.read([0, 2, 3], 64), kv[:, :, [0, 2, 3]])
+    with pytest.raises(StoreError, match="at sample 1"):
+        reader.read([1])
+    array = zarr.open_array(store.path / "kv", mode="r")
+    assert not np.asarray(array[:, :, 1]).any()
+
+
+def test_a_sample_that_is_not_finite_stops_where_asked(make_store: MakeStore) -> None:
+    store, kv = make_store([5, 40], fill=False)
+    kv[1, 0, 1, 1, 39, 3] = float("nan")
+    with (
+        pytest.raises(ModelError, match=r"sample 1 is not finite.*--on-nonfinite exclude"),
+        ShardWriter(store, [0], on_nonfinite="stop") as writer,
+    ):
+        writer.put([0, 1], pairs(kv, [0, 1]))
+    assert files(store) == set()
 
 
 def test_what_was_written_is_counted(make_store: MakeStore) -> None:

@@ -107,7 +107,7 @@ def make_segmented_store(
         with ShardWriter(store, range(store.num_shards)) as writer:
             for index, sample in enumerate(kv):
                 writer.put([index], [(layer[0][None], layer[1][None]) for layer in sample])
-        store.add_extraction(12.5, sum(lengths), "cpu")
+        store.add_extraction(12.5, sum(lengths), "cpu", None)
         return KVStore.open(store.path), kv
 
     return make
