@@ -66,10 +66,18 @@ def _user_error_code(error: Exception) -> int | None:
 
     if isinstance(error, KVPipeError):
         return error.exit_code
-    return 2 if isinstance(error, DataError | OSError) else None
+    return 2 if isinstance(error, DataError | OSError | MemoryError) or _is_out_of_memory(error) else None
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """torch's own error for a GPU, and the plain one it raises for the CPU."""
+    return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
 
 
 def _sentence(error: Exception) -> str:
+    if isinstance(error, MemoryError) or _is_out_of_memory(error):
+        reason = str(error).split(". ")[0] or "no more to be had"
+        return f"Out of memory ({reason}). Lower --batch-size, or free some"
     if not isinstance(error, OSError) or error.filename is None:
         return str(error)
     return (

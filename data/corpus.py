@@ -61,10 +61,19 @@ def read_jsonl(path: Path) -> list[Sample]:
 
 def _parse_line(line: str, where: str, default_id: str) -> Sample:
     try:
-        row = json.loads(line)
+        row = json.loads(line, object_pairs_hook=_without_duplicates)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: expected a JSON object, found {line.strip()[:40]!r} ({error})") from error
     return parse_row(row, where, default_id)
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """JSON would let the last of two values win without a word."""
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} comes twice")
+    return row
 
 
 def parse_row(row: Any, where: str, default_id: str) -> Sample:

@@ -6,13 +6,16 @@ import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from io import FileIO
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .errors import StoreError
-from .shard import CRC_BYTES, EMPTY, crc32c, read_index
+from .shard import CRC_BYTES, ShardLayout, crc32c, read_index
 from .store import KVStore
+
+PIECE_BYTES = 2**22
 
 
 @dataclass(frozen=True)
@@ -58,26 +61,54 @@ def require_side_arrays(store: KVStore) -> None:
 
 def _verify(store: KVStore, shard: int) -> Damage | None:
     everything = tuple(store.shard_samples(shard))
+    lengths = [int(store.length[sample]) for sample in everything]
     try:
-        checksums = store.shard_checksums(shard)
-        data = np.fromfile(store.shard_path(shard), np.uint8)
-        found = read_index(data, store.layout)
+        checksums = store.shard_checksums(shard)[: len(lengths)]
+        with store.shard_path(shard).open("rb", buffering=0) as file:
+            _require_index(file, store.layout, lengths, checksums)
+            bad = _damaged_rows(file, store.layout, lengths, checksums)
     except (StoreError, ValueError, OSError) as error:
         return Damage(shard, everything, str(error))
-    lengths = [int(store.length[sample]) for sample in everything]
-    present = [bool(row.any()) for row in checksums[: len(lengths)]]
-    expected = store.layout.index(lengths, present)
-    if not np.array_equal(found, expected) or len(data) != store.layout.shard_bytes(lengths):
-        return Damage(shard, everything, "the index or the size is not that of its samples")
-    bad = [sample for row, sample in enumerate(everything) if not _sound(store, data, found[row], checksums[row])]
-    return Damage(shard, tuple(bad), "token blocks fail their checksums") if bad else None
+    return Damage(shard, tuple(everything[row] for row in bad), "chunks fail their checksums") if bad else None
 
 
-def _sound(store: KVStore, data: NDArray[np.uint8], entries: NDArray[np.int64], checksums: NDArray[np.uint32]) -> bool:
-    for (offset, nbytes), checksum in zip(entries.tolist(), checksums.tolist(), strict=True):
-        if offset == EMPTY:
-            continue
-        chunk, own = data[offset : offset + nbytes - CRC_BYTES], data[offset + nbytes - CRC_BYTES : offset + nbytes]
-        if crc32c(chunk) != checksum or int.from_bytes(own.tobytes(), "little") != checksum:
-            return False
-    return True
+def _require_index(file: FileIO, layout: ShardLayout, lengths: Sequence[int], checksums: NDArray[np.uint32]) -> None:
+    """Raise ValueError for a shard whose size or index is not that of its samples."""
+    expected, found = layout.shard_bytes(lengths), os.fstat(file.fileno()).st_size
+    if found != expected:
+        raise ValueError(f"{found} bytes instead of {expected}")
+    file.seek(expected - layout.index_bytes)
+    index = read_index(np.frombuffer(file.read(layout.index_bytes), np.uint8), layout)
+    if not np.array_equal(index, layout.index(lengths, [bool(row.any()) for row in checksums])):
+        raise ValueError("the index is not that of its samples")
+
+
+def _damaged_rows(
+    file: FileIO, layout: ShardLayout, lengths: Sequence[int], checksums: NDArray[np.uint32]
+) -> list[int]:
+    """Rows with a chunk that is not what the ledger recorded, or whose own checksum is not."""
+    rows = [row for row, length in enumerate(lengths) for _ in range(layout.blocks_of(length))]
+    expected = np.concatenate([checksums[row, : layout.blocks_of(length)] for row, length in enumerate(lengths)])
+    # Pieces into one buffer: fresh pages for a whole shard cost more than the checksums.
+    buffer = np.empty((max(1, PIECE_BYTES // layout.record_bytes), layout.record_bytes), np.uint8)
+    bad: set[int] = set()
+    file.seek(0)
+    for start in range(0, len(rows), len(buffer)):
+        records = buffer[: len(rows) - start]
+        _read_exactly(file, records)
+        own = records[:, -CRC_BYTES:].copy().view("<u4")[:, 0]
+        found = np.array([crc32c(record[:-CRC_BYTES]) for record in records], np.uint32)
+        wanted = expected[start : start + len(records)]
+        # A sample that was left out has no chunks: what lies in its place means nothing.
+        damaged = ((found != wanted) | (own != wanted)) & (wanted != 0)
+        bad |= {rows[start + int(i)] for i in np.flatnonzero(damaged)}
+    return sorted(bad)
+
+
+def _read_exactly(file: FileIO, into: NDArray[np.uint8]) -> None:
+    view = memoryview(into.reshape(-1).data)
+    while len(view):
+        count = file.readinto(view)
+        if not count:
+            raise ValueError(f"the file ends {len(view)} bytes early")
+        view = view[count:]

@@ -280,3 +280,10 @@ def test_a_hub_data_set_without_the_package_for_it_is_refused_in_one_line(monkey
     ) as caught:
         load_corpus("nobody/numbers", None, 1, 0)
     assert "\n" not in str(caught.value)
+
+
+def test_a_key_that_comes_twice_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "twice.jsonl"
+    path.write_text('{"text": "a"}\n{"prompt": "p", "answer": "1", "prompt": "q"}\n')
+    with pytest.raises(DataError, match=r"twice\.jsonl, line 2: .*'prompt' comes twice"):
+        read_jsonl(path)

@@ -1,0 +1,30 @@
+"""Which errors are the user's to mend, and what they are told."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from kvpipe.cli import app
+
+
+def raised(call: Callable[[], Any]) -> Exception:
+    with pytest.raises(Exception) as caught:  # noqa: PT011 - whatever the library raises
+        call()
+    return caught.value
+
+
+@pytest.mark.parametrize("allocate", [lambda: torch.empty(1 << 50), lambda: np.empty(1 << 60, np.uint8)])
+def test_memory_that_is_not_there_is_one_line(allocate: Callable[[], Any]) -> None:
+    error = raised(allocate)
+    assert app._user_error_code(error) == 2
+    assert app._sentence(error).startswith("Out of memory (")
+    assert app._sentence(error).endswith("Lower --batch-size, or free some")
+
+
+def test_a_bug_stays_a_traceback() -> None:
+    assert app._user_error_code(raised(lambda: [][0])) is None
+    assert app._user_error_code(RuntimeError("shape mismatch")) is None
