@@ -30,7 +30,15 @@ def train_indices(store: KVStore, config: DistillConfig) -> NDArray[np.int64]:
 
 
 def require_learnable(store: KVStore, split: str, indices: Sequence[int] | NDArray[np.int64]) -> None:
-    """Raise StoreError for samples that are all prompt, as short --max-tokens leave them: no token has a loss."""
+    """Raise StoreError where every sample was excluded, and for samples that are all prompt, as short --max-tokens
+    leave them: no token has a loss."""
+    if len(indices) == 0:
+        raise StoreError(
+            f"{store.path} has no {split} samples",
+            expected="at least 1",
+            found=f"{len(store.excluded)} samples excluded, whose KV is not finite",
+            remedy="Extract again with a --dtype of more range",
+        )
     if not (store.segment_ids[np.asarray(indices)] > Segment.PROMPT).any():
         raise StoreError(
             f"the {split} samples of {store.path} have nothing to learn",

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-import platform
-import resource
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +29,10 @@ from .compatibility import require_learnable, require_positions, require_same_to
 from .config import DistillConfig
 from .distiller import KVDistiller
 from .evaluate import evaluate_answers, evaluate_tokens
-from .models import load_student, resolve_device, teacher_forwards, tokenizer_from_files
+from .models import load_student, resolve_device, tokenizer_from_files
 from .progress import progress_bar
 from .run_directory import RunDirectory, run_identity
+from .run_record import costs, description
 from .trainer import DistillTrainer
 from .training_data import KVDataset, teacher_moments
 
@@ -93,8 +91,9 @@ def distill(
             "store": {"path": str(store_path), "manifest": store.manifest.hash},
             "resumed_from": resumed_from,
             "metrics": metrics,
-            **_description(parts, trainer, config, resolved),
-            **_costs(trainer, started, setup_done, train_done),
+            **description(parts.distiller, trainer, config, resolved),
+            "pairing": parts.pairing,
+            **costs(trainer, started, setup_done, train_done),
         }
         run.finish(record)
     return record
@@ -250,51 +249,3 @@ def _save(parts: _Parts, run: RunDirectory) -> None:
     tokenizer.save_pretrained(run.student)
     if aligner is not None:
         aligner.save(run.path)
-
-
-def _trainable(module: torch.nn.Module | None) -> int:
-    return sum(p.numel() for p in module.parameters() if p.requires_grad) if module is not None else 0
-
-
-def _description(parts: _Parts, trainer: DistillTrainer, config: DistillConfig, device: torch.device) -> dict[str, Any]:
-    """What ran, on what, and how it went, apart from its metrics and its costs."""
-    return {
-        "config": config.to_dict(),
-        "steps": trainer.state.global_step,
-        "parameters": {"student": _trainable(parts.distiller.student), "aligner": _trainable(parts.distiller.aligner)},
-        "collapsed": trainer.monitor.collapsed,
-        "peak_memory_bytes": _peak_memory(device),
-        "teacher_forwards": teacher_forwards(),
-        "pairing": parts.pairing,
-        "device": str(device),
-        "versions": _versions(),
-    }
-
-
-def _costs(trainer: DistillTrainer, started: float, setup_done: float, train_done: float) -> dict[str, Any]:
-    """Seconds by part. `train` is the loop without evaluations; `data_wait` is the part of it spent on batches."""
-    done = time.perf_counter()
-    train = train_done - setup_done - trainer.eval_seconds
-    return {
-        "seconds": {
-            "setup": setup_done - started,
-            "train": train,
-            "data_wait": trainer.data_wait_seconds,
-            "evaluation": trainer.eval_seconds + done - train_done,
-            "total": done - started,
-        },
-        "data_wait_share": trainer.data_wait_seconds / train,
-    }
-
-
-def _versions() -> dict[str, str]:
-    packages = ("kvpipe", "torch", "transformers", "zarr", "numpy")
-    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
-
-
-def _peak_memory(device: torch.device) -> int:
-    """Bytes: of the GPU where one is used, else of the process."""
-    if device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
-    unit = 1 if platform.system() == "Darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,0 +1,65 @@
+"""What `run.json` says of a run, beside its metrics."""
+
+from __future__ import annotations
+
+import platform
+import resource
+import time
+from importlib.metadata import version
+from typing import Any
+
+import torch
+
+from .config import DistillConfig
+from .distiller import KVDistiller
+from .models import teacher_forwards
+from .trainer import DistillTrainer
+
+
+def description(
+    distiller: KVDistiller, trainer: DistillTrainer, config: DistillConfig, device: torch.device
+) -> dict[str, Any]:
+    """What ran, on what, and how it went, apart from its metrics and its costs."""
+    return {
+        "config": config.to_dict(),
+        "steps": trainer.state.global_step,
+        "parameters": {"student": _trainable(distiller.student), "aligner": _trainable(distiller.aligner)},
+        "collapsed": trainer.monitor.collapsed,
+        "peak_memory_bytes": _peak_memory(device),
+        "teacher_forwards": teacher_forwards(),
+        "device": str(device),
+        "versions": _versions(),
+    }
+
+
+def costs(trainer: DistillTrainer, started: float, setup_done: float, train_done: float) -> dict[str, Any]:
+    """Seconds by part. `train` is the loop without evaluations; `data_wait` is the part of it spent on batches."""
+    done = time.perf_counter()
+    train = train_done - setup_done - trainer.eval_seconds
+    return {
+        "seconds": {
+            "setup": setup_done - started,
+            "train": train,
+            "data_wait": trainer.data_wait_seconds,
+            "evaluation": trainer.eval_seconds + done - train_done,
+            "total": done - started,
+        },
+        "data_wait_share": trainer.data_wait_seconds / train,
+    }
+
+
+def _versions() -> dict[str, str]:
+    packages = ("kvpipe", "torch", "transformers", "zarr", "numpy")
+    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
+
+
+def _peak_memory(device: torch.device) -> int:
+    """Bytes: of the GPU where one is used, else of the process."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    unit = 1 if platform.system() == "Darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _trainable(module: torch.nn.Module | None) -> int:
+    return sum(p.numel() for p in module.parameters() if p.requires_grad) if module is not None else 0
