@@ -48,7 +48,7 @@ class RunDirectory:
         """Raise ConfigError where the folder is not a run's or, without `overwrite`, a different run's: then the
         error names the field."""
         if not self._holds_run():
-            if self.path.is_dir() and any(self.path.iterdir()):
+            if self.path.is_dir() and any(path.suffix != PARTIAL for path in self.path.iterdir()):
                 raise ConfigError(
                     f"{self.path} is not a run directory",
                     expected="an empty folder, or one with a run's config.json",
@@ -59,7 +59,8 @@ class RunDirectory:
             self._require_same(identity)
 
     def _holds_run(self) -> bool:
-        """A model's folder has a config.json too, and must never be overwritten."""
+        """A model's folder has a config.json too, and must never be overwritten. (One that is only half written is
+        what a killed run left.)"""
         try:
             return json.loads((self.path / "config.json").read_text()).keys() == {"config", "store"}
         except (FileNotFoundError, NotADirectoryError, AttributeError, ValueError):

@@ -78,3 +78,9 @@ def test_the_identity_is_the_recipe_and_the_store(make_segmented_store: Callable
     assert identity == {"config": DistillConfig().to_dict(), "store": store.manifest.hash}
     assert identity != run_identity(DistillConfig(seed=1), store)
     assert json.loads(json.dumps(identity)) == identity
+
+
+def test_a_run_killed_before_it_said_what_it_is_can_be_claimed(tmp_path: Path) -> None:
+    (tmp_path / "config.json.partial").write_text('{"conf')
+    RunDirectory(tmp_path).claim(IDENTITY, overwrite=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
