@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 
@@ -66,7 +67,13 @@ def _user_error_code(error: Exception) -> int | None:
 
     if isinstance(error, KVPipeError):
         return error.exit_code
-    return 2 if isinstance(error, DataError | OSError | MemoryError) or _is_out_of_memory(error) else None
+    mendable = isinstance(error, DataError | OSError | MemoryError) or _is_os_error(error) or _is_out_of_memory(error)
+    return 2 if mendable else None
+
+
+def _is_os_error(error: Exception) -> bool:
+    """An OSError, or what libraries written in Rust make of one."""
+    return isinstance(error, OSError) or re.search(r"\(os error \d+\)", str(error)) is not None
 
 
 def _is_out_of_memory(error: Exception) -> bool:
@@ -78,12 +85,10 @@ def _sentence(error: Exception) -> str:
     if isinstance(error, MemoryError) or _is_out_of_memory(error):
         reason = str(error).split(". ")[0] or "no more to be had"
         return f"Out of memory ({reason}). Lower --batch-size, or free some"
-    if not isinstance(error, OSError) or error.filename is None:
+    if not _is_os_error(error):
         return str(error)
-    return (
-        f"{error.strerror} at {error.filename}. Make room or choose another place; "
-        "the same command then goes on where it stopped"
-    )
+    found = f"{error.strerror} at {error.filename}" if isinstance(error, OSError) and error.filename else str(error)
+    return f"{found}. Make room or choose another place; the same command then goes on where it stopped"
 
 
 def _quiet_libraries() -> None:

@@ -5,10 +5,18 @@ Every fault is drawn from a seed. What was tried, and what came of it, is counte
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
+
+EXTRACT = ["extract", "--model", "qwen", "--samples", "40", "--eval-samples", "4", "--batch-size", "8"]
+EXTRACT += ["--max-shard-size", "400KB", "--store", "x.zarr"]
 
 COUNTS = ("tried", "injected", "detected", "lost")
 
@@ -28,6 +36,47 @@ class Tally:
 @pytest.fixture
 def tally(request: pytest.FixtureRequest) -> Tally:
     return Tally(request)
+
+
+class Commands:
+    """`kvpipe` in processes that can be told what is to go wrong."""
+
+    def __init__(self) -> None:
+        script = Path(__file__).with_name("commands.py")
+        self._server = subprocess.Popen(
+            [sys.executable, str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def run(self, argv: list[str], cwd: Path, **fault: Any) -> dict[str, Any]:
+        assert self._server.stdin is not None
+        assert self._server.stdout is not None
+        self._server.stdin.write(json.dumps({"argv": argv, "cwd": str(cwd), **fault}) + "\n")
+        self._server.stdin.flush()
+        answer: dict[str, Any] = json.loads(self._server.stdout.readline())
+        return answer
+
+    def finish(self, argv: list[str], cwd: Path) -> dict[str, Any]:
+        """Run a command that has to succeed."""
+        answer = self.run(argv, cwd)
+        assert answer["code"] == 0, answer["output"]
+        return answer
+
+    def stop(self) -> None:
+        self._server.communicate()
+
+
+@pytest.fixture(scope="session")
+def commands() -> Iterator[Commands]:
+    server = Commands()
+    yield server
+    server.stop()
+
+
+def contents(folder: Path, left_out: set[str]) -> dict[str, bytes]:
+    """Every file by its path; with a `*` in `left_out`, whatever lies below."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    found = {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+    return {name: data for name, data in found.items() if not any(Path(name).match(pattern) for pattern in left_out)}
 
 
 @pytest.fixture(scope="session")

@@ -3,72 +3,29 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 from kvpipe.kvcache.store import KVStore
 
-from .conftest import Tally
+from .conftest import EXTRACT, Commands, Tally, contents
 
 KILLED = -9
-EXTRACT = ["extract", "--model", "qwen", "--samples", "40", "--eval-samples", "4", "--batch-size", "8"]
-EXTRACT += ["--max-shard-size", "400KB", "--store", "x.zarr"]
 DISTILL = ["distill", "--mode", "structured", "--store", "../x.zarr", "--output-dir", "run", "--batch-size", "8"]
 DISTILL += ["--epochs", "2", "--save-steps", "2", "--max-new-tokens", "4"]
-
-
-class Killable:
-    """`kvpipe` in processes that can be told where to die."""
-
-    def __init__(self) -> None:
-        script = Path(__file__).with_name("killable.py")
-        self._server = subprocess.Popen(
-            [sys.executable, str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-
-    def run(self, argv: list[str], cwd: Path, **fault: Any) -> dict[str, Any]:
-        assert self._server.stdin is not None
-        assert self._server.stdout is not None
-        self._server.stdin.write(json.dumps({"argv": argv, "cwd": str(cwd), **fault}) + "\n")
-        self._server.stdin.flush()
-        answer: dict[str, Any] = json.loads(self._server.stdout.readline())
-        return answer
-
-    def finish(self, argv: list[str], cwd: Path) -> dict[str, Any]:
-        """Run a command that has to succeed."""
-        answer = self.run(argv, cwd)
-        assert answer["code"] == 0, answer["output"]
-        return answer
-
-    def stop(self) -> None:
-        self._server.communicate()
-
-
-@pytest.fixture(scope="module")
-def killable() -> Iterator[Killable]:
-    server = Killable()
-    yield server
-    server.stop()
-
-
-def contents(folder: Path, left_out: set[str]) -> dict[str, bytes]:
-    """Every file by its path; with a `*` in `left_out`, whatever lies below."""
-    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
-    found = {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
-    return {name: data for name, data in found.items() if not any(Path(name).match(pattern) for pattern in left_out)}
 
 
 def faults(events: int, seconds: float, count: int, seed: int) -> list[dict[str, Any]]:
     """Three of four at an event, one at any time."""
     rng = np.random.default_rng(seed)
     return [
-        {"kill_after": rng.uniform(0, seconds)}
+        {"signals": [[rng.uniform(0, seconds), signal.SIGKILL]]}
         if number % 4 == 3
         else {"kill_at_event": int(rng.integers(1, events + 1))}
         for number in range(count)
@@ -76,12 +33,12 @@ def faults(events: int, seconds: float, count: int, seed: int) -> list[dict[str,
 
 
 def test_an_extraction_killed_anywhere_ends_with_the_same_store(
-    killable: Killable, tmp_path: Path, points: Callable[[int, int], int], tally: Tally
+    commands: Commands, tmp_path: Path, points: Callable[[int, int], int], tally: Tally
 ) -> None:
     start = time.perf_counter()
     whole = tmp_path / "whole"
     whole.mkdir()
-    events = killable.finish(EXTRACT, whole)["events"]
+    events = commands.finish(EXTRACT, whole)["events"]
     expected = contents(whole, {"x.zarr/zarr.json"})
     attributes = KVStore.open(whole / "x.zarr").manifest
     assert KVStore.open(whole / "x.zarr").num_shards >= 8
@@ -89,9 +46,9 @@ def test_an_extraction_killed_anywhere_ends_with_the_same_store(
     for number, fault in enumerate(faults(events, time.perf_counter() - start, points(12, 120), seed=0)):
         folder = tmp_path / str(number)
         folder.mkdir()
-        killed = killable.run(EXTRACT, folder, **fault)["code"] == KILLED
+        killed = commands.run(EXTRACT, folder, **fault)["code"] == KILLED
         injected += killed
-        killable.finish(EXTRACT, folder)
+        commands.finish(EXTRACT, folder)
         assert contents(folder, {"x.zarr/zarr.json"}) == expected, fault
         assert KVStore.open(folder / "x.zarr").manifest == attributes
     assert injected > 0
@@ -99,14 +56,14 @@ def test_an_extraction_killed_anywhere_ends_with_the_same_store(
 
 
 def test_a_distillation_killed_anywhere_ends_with_the_same_weights(
-    killable: Killable, tmp_path: Path, points: Callable[[int, int], int], tally: Tally
+    commands: Commands, tmp_path: Path, points: Callable[[int, int], int], tally: Tally
 ) -> None:
     """Checkpoints lie within an epoch: optimizer, schedule, random state and the reader's place are all resumed."""
-    killable.finish(EXTRACT, tmp_path)
+    commands.finish(EXTRACT, tmp_path)
     whole = tmp_path / "whole"
     whole.mkdir()
     start = time.perf_counter()
-    events = killable.finish(DISTILL, whole)["events"]
+    events = commands.finish(DISTILL, whole)["events"]
     # A run that died once it was finished is not begun again, so the marker of a dead process may stay.
     left_out = {"run/run.json", "run/metrics.jsonl", "run/checkpoints/*/*", ".run.lock"}
     expected = contents(whole, left_out)
@@ -115,8 +72,8 @@ def test_a_distillation_killed_anywhere_ends_with_the_same_weights(
     for number, fault in enumerate(faults(events, time.perf_counter() - start, points(4, 100), seed=1)):
         folder = tmp_path / str(number)
         folder.mkdir()
-        injected += killable.run(DISTILL, folder, **fault)["code"] == KILLED
-        killable.finish(DISTILL, folder)
+        injected += commands.run(DISTILL, folder, **fault)["code"] == KILLED
+        commands.finish(DISTILL, folder)
         assert contents(folder, left_out) == expected, fault
         again = json.loads((folder / "run" / "run.json").read_text())
         for part in ("metrics", "pairing", "steps", "parameters"):

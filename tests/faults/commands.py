@@ -1,8 +1,10 @@
-"""Run `kvpipe` commands in forked processes that kill themselves: the imports are paid once.
+"""Run `kvpipe` commands in forked processes that meet with a fault: the imports are paid once.
 
-Reads one JSON request a line, `{"argv", "cwd"}` with `kill_at_event` or `kill_after` (seconds) where it is to die, and
-answers `{"code", "events", "output"}`. An event is a call that changes the file system; a process that is to die at a
-write dies in the middle of it.
+Reads one JSON request a line, `{"argv", "cwd"}` and perhaps a fault, and answers `{"code", "events", "output"}`:
+
+- `kill_at_event`: the process kills itself at that call of all that change the file system, a write being torn;
+- `signals`: `[[seconds, signal], ...]`, each sent so long after the one before;
+- `limits`: `{"RLIMIT_NOFILE": 10}` and the like.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import resource
 import signal
 import sys
 import tempfile
@@ -66,6 +69,8 @@ def run_child(request: dict[str, Any], output: int, result: int) -> None:
     os.dup2(output, 1)
     os.dup2(output, 2)
     os.chdir(request["cwd"])
+    for name, limit in request.get("limits", {}).items():
+        resource.setrlimit(getattr(resource, name), (limit, limit))
     sys.argv = ["kvpipe", *request["argv"]]
     killer, code = Killer(request.get("kill_at_event")), 0
     try:
@@ -84,9 +89,9 @@ def serve(request: dict[str, Any]) -> dict[str, Any]:
         if pid == 0:
             run_child(request, output.fileno(), write)
         os.close(write)
-        if "kill_after" in request:
-            time.sleep(request["kill_after"])
-            os.kill(pid, signal.SIGKILL)
+        for seconds, number in request.get("signals", []):
+            time.sleep(seconds)
+            os.kill(pid, number)
         _, status = os.waitpid(pid, 0)
         with os.fdopen(read, "rb") as result:
             events = json.loads(result.read() or b"null")
