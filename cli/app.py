@@ -39,10 +39,18 @@ def options(
 
 def main() -> None:
     """Run the command line: the README lists its exit codes."""
+    try:
+        signal.signal(signal.SIGTERM, _stop)
+        _run()
+    except KeyboardInterrupt:
+        # A second Ctrl-C, while the first was being dealt with.
+        sys.exit(128 + signal.SIGINT)
+
+
+def _run() -> None:
     debug = "--debug" in sys.argv
     sys.argv = [argument for argument in sys.argv if argument != "--debug"]
     _quiet_libraries()
-    signal.signal(signal.SIGTERM, _stop)
     try:
         app()
     except Exception as error:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -15,7 +14,7 @@ import zarr
 from numpy.typing import NDArray
 from zarr.codecs import BytesCodec, Crc32cCodec
 
-from .files import PARTIAL
+from .files import PARTIAL, remove_tree
 from .integrity import metadata_checksums, seal
 from .layout import DIMENSION_NAMES, STORAGE_DTYPES, KVGeometry, dtype_name
 from .manifest import Manifest
@@ -57,7 +56,7 @@ def create_store(
     """An empty store of about `shard_bytes` a shard. It appears at `path` whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     building = path.with_name(f".{path.name}{PARTIAL}")
-    shutil.rmtree(building, ignore_errors=True)
+    remove_tree(building)
     try:
         group = zarr.create_group(building, zarr_format=3)
         _create_kv(group, table, geometry, shard_bytes)
@@ -74,7 +73,7 @@ def create_store(
         )
         building.rename(path)
     except BaseException:
-        shutil.rmtree(building, ignore_errors=True)
+        remove_tree(building)
         raise
     return KVStore.open(path)
 

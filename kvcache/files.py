@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 PARTIAL = ".partial"
+
+REMOVAL_TRIES = 50
 
 
 class PartialFile:
@@ -18,7 +22,7 @@ class PartialFile:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._partial = path.with_name(f"{path.name}{PARTIAL}")
+        self._partial = partial_path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = self._partial.open("wb", buffering=0)
 
@@ -50,6 +54,20 @@ class PartialFile:
         except OSError as error:
             error.filename = error.filename or str(self._path)
             raise
+
+
+def partial_path(path: Path) -> Path:
+    """The temporary name of a file."""
+    return path.with_name(f"{path.name}{PARTIAL}")
+
+
+def remove_tree(folder: Path) -> None:
+    """Remove a folder that Zarr may still be writing into, in threads of its own, after an interruption."""
+    for _ in range(REMOVAL_TRIES):
+        shutil.rmtree(folder, ignore_errors=True)
+        if not folder.exists():
+            return
+        time.sleep(0.02)
 
 
 def write_atomic(path: Path, data: bytes | memoryview) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .errors import ModelError
+from .files import partial_path
 from .layout import KVGeometry
 from .shard import ShardFile
 from .staging import Pairs, Staging
@@ -73,12 +74,25 @@ class ShardWriter:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         start = time.perf_counter()
         self._jobs.put(None)
-        self._thread.join()
+        try:
+            self._thread.join()
+        except BaseException as interruption:
+            # A signal: what the thread has begun is finished, what it has not is dropped.
+            self._error = interruption
+            self._thread.join()
+            raise
+        finally:
+            self._drop_unfinished()
         self.wait_seconds += time.perf_counter() - start
-        for file in self._files.values():
-            file.discard()
         if self._error is not None and error is None:
             raise self._error
+
+    def _drop_unfinished(self) -> None:
+        for file in self._files.values():
+            file.discard()
+        for shard in self._pending:
+            # One that a signal met between its creation and its registration.
+            partial_path(self._store.shard_path(shard)).unlink(missing_ok=True)
 
     @torch.no_grad()
     def put(self, indices: Sequence[int], pairs: Pairs) -> None:

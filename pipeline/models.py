@@ -115,7 +115,7 @@ def load_teacher(
 def _load(loader: Callable[..., Any], name: str, kind: str, option: str, **options: Any) -> Any:
     try:
         return loader(locate(name), local_files_only=_is_offline(name), **options)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
         if Path(locate(name)).exists():
             raise ModelError(f"cannot load the {kind} {name!r}: {reason}", remedy=f"Mend {option}") from error

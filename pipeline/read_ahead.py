@@ -14,7 +14,7 @@ class ReadAhead(Generic[T]):
     """The items of `source`, in its order, each fetched by a thread before it is asked for.
 
     One item is held at most. An error of `source` is raised, as it was, where its item would have come. The
-    thread ends with the items, or with this object.
+    thread ends with the items, with an error, or with this object.
     """
 
     def __init__(self, source: Iterator[T]) -> None:
@@ -26,7 +26,11 @@ class ReadAhead(Generic[T]):
         return self
 
     def __next__(self) -> T:
-        items = self._next.result()
+        try:
+            items = self._next.result()
+        except BaseException:
+            self._thread.shutdown(wait=False)
+            raise
         if not items:
             self._thread.shutdown()
             raise StopIteration

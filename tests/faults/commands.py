@@ -21,6 +21,9 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+HELD = {signal.SIGINT, signal.SIGTERM}
+"""Not delivered before the command begins, nor once it has ended."""
+
 CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.link", "os.utime"}
 WRITE_MODES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 MODULES = ("cli.app", "pipeline.extract", "pipeline.distill", "pipeline.repair")
@@ -74,9 +77,11 @@ def run_child(request: dict[str, Any], output: int, result: int) -> None:
     sys.argv = ["kvpipe", *request["argv"]]
     killer, code = Killer(request.get("kill_at_event")), 0
     try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD)
         main()
     except SystemExit as exit_:
         code = int(exit_.code or 0)
+    signal.pthread_sigmask(signal.SIG_BLOCK, HELD)
     sys.stdout.flush()
     os.write(result, json.dumps(killer.events).encode())
     os._exit(code)
@@ -85,9 +90,11 @@ def run_child(request: dict[str, Any], output: int, result: int) -> None:
 def serve(request: dict[str, Any]) -> dict[str, Any]:
     with tempfile.TemporaryFile() as output:
         read, write = os.pipe()
+        signal.pthread_sigmask(signal.SIG_BLOCK, HELD)
         pid = os.fork()
         if pid == 0:
             run_child(request, output.fileno(), write)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD)
         os.close(write)
         for seconds, number in request.get("signals", []):
             time.sleep(seconds)

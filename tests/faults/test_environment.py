@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,12 +25,19 @@ DISTILL = ["distill", "--mode", "flat", "--batch-size", "8", "--epochs", "3", "-
 DISTILL += ["--max-new-tokens", "4"]
 
 
+SECONDS: dict[str, float] = {}
+"""How long a command takes when nothing disturbs it."""
+
+
 @pytest.fixture(scope="module")
 def whole(commands: Commands, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where an extraction and a distillation went undisturbed."""
     folder = tmp_path_factory.mktemp("whole")
-    commands.finish(EXTRACT, folder)
-    commands.finish([*DISTILL, "--store", "x.zarr", "--output-dir", "run"], folder)
+    commands.finish(["models"], folder)  # the imports do not count
+    for command in (EXTRACT, [*DISTILL, "--store", "x.zarr", "--output-dir", "run"]):
+        start = time.perf_counter()
+        commands.finish(command, folder)
+        SECONDS[command[0]] = time.perf_counter() - start
     return folder
 
 
@@ -55,7 +63,8 @@ def disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
 def require_refusal(answer: dict[str, Any], words: str = "") -> None:
     """Exit code 2, and the last line of the output is the error."""
     assert answer["code"] == 2, answer["output"]
-    assert "Traceback" not in answer["output"]
+    # At its end the interpreter may complain of what it cannot clean up without file handles.
+    assert "Traceback" not in answer["output"].split("Exception ignored in")[0]
     errors = [line for line in answer["output"].splitlines() if line.startswith("Error: ")]
     assert len(errors) == 1, answer["output"]
     assert words in errors[0]
@@ -177,11 +186,15 @@ def test_a_signal_ends_an_extraction_in_order(
     for number in range(points(2, 20)):
         folder = tmp_path / str(number)
         folder.mkdir()
-        signals = [[rng.uniform(0.1, 1.2), sent], *([[rng.uniform(0, 0.1), sent]] if "twice" in name else [])]
+        signals = [
+            [rng.uniform(0, SECONDS["extract"]), sent],
+            *([[rng.uniform(0, 0.1), sent]] if "twice" in name else []),
+        ]
         answer = commands.run(EXTRACT, folder, signals=signals)
         if answer["code"] != 0:
             injected += 1
-            assert answer["code"] == code, answer["output"]
+            # Before the command is at work, the signal ends the process as it would any other.
+            assert answer["code"] in (code, -sent), answer["output"]
             assert "Traceback" not in answer["output"]
             if "twice" not in name:
                 require_sound_leftovers(folder)
@@ -200,14 +213,16 @@ def test_a_signal_ends_a_distillation_in_order(
     name: str,
     code: int,
 ) -> None:
+    sent = getattr(signal, name)
     rng, injected = np.random.default_rng(4), 0
     left_out = {"run.json", "metrics.jsonl", "checkpoints/*/*"}
     for number in range(points(1, 15)):
         command = [*DISTILL, "--store", str(whole / "x.zarr"), "--output-dir", f"run{number}"]
-        answer = commands.run(command, tmp_path, signals=[[rng.uniform(0.1, 2.5), getattr(signal, name)]])
+        answer = commands.run(command, tmp_path, signals=[[rng.uniform(0, SECONDS["distill"]), sent]])
         if answer["code"] != 0:
             injected += 1
-            assert answer["code"] == code, answer["output"]
+            # Before the command is at work, the signal ends the process as it would any other.
+            assert answer["code"] in (code, -sent), answer["output"]
             assert "Traceback" not in answer["output"]
             require_sound_leftovers(tmp_path)
         commands.finish(command, tmp_path)
