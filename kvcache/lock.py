@@ -12,6 +12,8 @@ from filelock import SoftFileLock, Timeout
 
 from .errors import StoreError
 
+FOLDER_TRIES = 100
+
 SECONDS_TO_SIGN = 5
 """A marker that is still empty after this long was left by a process that died between creating and signing it."""
 
@@ -31,7 +33,6 @@ def only_writer(path: Path) -> Iterator[None]:
     """
     marker = lock_path(path)
     with _folder_for(marker):
-        _remove_unsigned(marker)
         _acquire(lock := SoftFileLock(marker, timeout=0.5), path)
         try:
             yield
@@ -42,7 +43,7 @@ def only_writer(path: Path) -> Iterator[None]:
 def _acquire(lock: SoftFileLock, path: Path) -> None:
     marker = lock_path(path)
     try:
-        lock.acquire()
+        _retry_without_folder(lock, marker)
     except Timeout as error:
         raise StoreError(
             f"another process writes {path}",
@@ -52,11 +53,21 @@ def _acquire(lock: SoftFileLock, path: Path) -> None:
         ) from error
 
 
+def _retry_without_folder(lock: SoftFileLock, marker: Path) -> None:
+    """Another process may take away the folder that it had made for its own marker, at any moment."""
+    for _ in range(FOLDER_TRIES):
+        with suppress(FileNotFoundError):
+            marker.parent.mkdir(parents=True, exist_ok=True)
+            _remove_unsigned(marker)
+            lock.acquire()
+            return
+    lock.acquire()
+
+
 @contextmanager
 def _folder_for(marker: Path) -> Iterator[None]:
-    """The folders on the way to the marker; those made for it alone go with it."""
+    """Folders that are on the way to the marker for its sake alone go with it."""
     made = [parent for parent in marker.parents if not parent.exists()]
-    marker.parent.mkdir(parents=True, exist_ok=True)
     try:
         yield
     finally:
@@ -66,12 +77,20 @@ def _folder_for(marker: Path) -> Iterator[None]:
 
 
 def _remove_unsigned(marker: Path) -> None:
+    if not _is_abandoned(marker):
+        return
+    # One at a time: between a look and the removal, nobody else may remove it and sign one of their own.
+    with SoftFileLock(marker.with_name(f"{marker.name}.unsigned")):
+        if _is_abandoned(marker):
+            marker.unlink()
+
+
+def _is_abandoned(marker: Path) -> bool:
     try:
         found = marker.stat()
     except FileNotFoundError:
-        return
-    if found.st_size == 0 and time.time() - found.st_mtime > SECONDS_TO_SIGN:
-        marker.unlink(missing_ok=True)
+        return False
+    return found.st_size == 0 and time.time() - found.st_mtime > SECONDS_TO_SIGN
 
 
 def _holder(marker: Path) -> str:
