@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import signal
@@ -41,6 +42,7 @@ def main() -> None:
     """Run the command line: the README lists its exit codes."""
     try:
         signal.signal(signal.SIGTERM, _stop)
+        signal.signal(signal.SIGINT, _interrupt)
         _run()
     except KeyboardInterrupt:
         # A second Ctrl-C, while the first was being dealt with.
@@ -66,6 +68,11 @@ def _stop(*_: object) -> None:
     """Unwind as after Ctrl-C, so that nothing half-written stays; batch systems send SIGTERM before they kill."""
     typer.secho("Stopped by SIGTERM. The same command goes on where it stopped.", err=True)
     sys.exit(128 + signal.SIGTERM)
+
+
+def _interrupt(*_: object) -> None:
+    typer.secho("Interrupted. The same command goes on where it stopped.", err=True)
+    raise KeyboardInterrupt
 
 
 def _user_error_code(error: Exception) -> int | None:
@@ -96,6 +103,8 @@ def _sentence(error: Exception) -> str:
     if not _is_os_error(error):
         return str(error)
     found = f"{error.strerror} at {error.filename}" if isinstance(error, OSError) and error.filename else str(error)
+    if isinstance(error, OSError) and error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST):
+        return f"{found}. Choose another place"
     return f"{found}. Make room or choose another place; the same command then goes on where it stopped"
 
 

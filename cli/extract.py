@@ -76,8 +76,10 @@ def extract(
     if report.teacher_tokens == 0:
         typer.echo(f"{report.store.path} is already complete; the teacher had nothing to do.")
         return
+    total = int(report.store.length.sum())
+    resumed = f" of {total:,}" if report.teacher_tokens < total else ""
     typer.echo(
-        f"{report.store.path}: {report.store.num_samples} samples, {report.teacher_tokens:,} tokens in "
+        f"{report.store.path}: {report.store.num_samples} samples, {report.teacher_tokens:,}{resumed} tokens in "
         f"{report.seconds:.1f} s ({report.teacher_tokens / report.seconds:,.0f} tokens/s), "
         f"{report.bytes_written / 1e6:,.1f} MB written, {report.wait_seconds / report.seconds:.1%} waiting for disk."
     )

@@ -35,8 +35,8 @@ def load_corpus(dataset: str, num_train: int | None, num_held_out: int, seed: in
     missing, empty or malformed.
     """
     if (num_train is not None and num_train < 1) or num_held_out < 1:
-        found = num_held_out if num_train is None or num_train >= 1 else num_train
-        raise DataError(f"expected at least 1 sample a split, found {found}")
+        option, found = ("--eval-samples", num_held_out) if num_held_out < 1 else ("--samples", num_train)
+        raise DataError(f"{option}: expected at least 1, found {found}")
     if dataset == BUILTIN_DATASET:
         sizes = {"train": num_train or BUILTIN_TRAIN_SAMPLES, **dict.fromkeys(HELD_OUT, num_held_out)}
         return Corpus(dataset, {s: list(word_problems.generate(s, n, seed)) for s, n in sizes.items()})
@@ -84,7 +84,9 @@ def parse_row(row: Any, where: str, default_id: str) -> Sample:
     row = {name: value for name, value in row.items() if value is not None}
     if "prompt" in row:
         prompt, reasoning, answer = row["prompt"], row.get("reasoning", ""), row.get("answer", "")
-    elif "question" in row and isinstance(row.get("answer"), str):
+    elif "question" in row and "answer" in row:
+        if not isinstance(row["answer"], str):
+            raise DataError(f"{where}: expected answer to be text, found {row['answer']!r:.40}")
         reasoning, _, answer = row["answer"].rpartition(ANSWER_MARK)
         prompt, reasoning = row["question"], reasoning.rstrip("\n")
     elif "text" in row:
@@ -111,6 +113,8 @@ def _is_unicode(text: str) -> bool:
 
 
 def _read_hub(name: str) -> list[Sample]:
+    if Path(name).exists():
+        raise DataError(f"{name}: expected a file that ends in .jsonl, with a JSON object a line, found another")
     try:
         from datasets import load_dataset
     except ImportError as error:

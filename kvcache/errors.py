@@ -27,6 +27,18 @@ class ConfigError(KVPipeError):
     """An option or a configuration file that makes no sense."""
 
 
+class DivergenceError(KVPipeError):
+    """A training run whose loss is no number any more."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__(
+            f"the training diverged at step {step}",
+            expected="a finite loss",
+            found="NaN or infinity",
+            remedy="Lower --learning-rate",
+        )
+
+
 class CollapseError(KVPipeError):
     """The distillation target lost its variance: the loss falls while nothing is taught."""
 

@@ -47,4 +47,6 @@ def is_metadata(name: str) -> bool:
 
 
 def _checksum(path: Path) -> int:
+    if not path.is_file():
+        raise FileNotFoundError(f"no file at {path}")
     return crc32c(np.frombuffer(path.read_bytes(), np.uint8))

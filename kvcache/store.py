@@ -66,10 +66,11 @@ class KVStore:
                 f"no KV store at {path}",
                 expected="a Zarr group written by kvpipe",
                 found=_what_is_at(path),
-                remedy="Write one with `kvpipe extract`, or name another with --store",
+                remedy="Name another, or write one with `kvpipe extract`",
             )
         try:
-            return cls(path, zarr.open_group(path, mode="r"))
+            # Consolidated metadata would stand in for the checked files.
+            return cls(path, zarr.open_group(path, mode="r", use_consolidated=False))
         except StoreError:
             raise
         except Exception as error:
@@ -112,7 +113,15 @@ class KVStore:
     @cached_property
     def length(self) -> NDArray[np.int32]:
         """Tokens of every sample `[B]`."""
-        return np.asarray(self.read_side_array("length", self.num_samples), dtype=np.int32)
+        length = self.read_side_array("length", self.num_samples)
+        if length.dtype != np.int32 or length.min() < 1 or length.max() > self.shape[4]:
+            raise StoreError(
+                f"{self.path} holds samples of impossible lengths",
+                expected=f"int32 from 1 to {self.shape[4]}",
+                found=f"{length.dtype} from {length.min()} to {length.max()}",
+                remedy="Extract again into a new place",
+            )
+        return length
 
     @cached_property
     def input_ids(self) -> NDArray[np.int32]:
@@ -128,7 +137,18 @@ class KVStore:
     def records(self) -> list[dict[str, Any]]:
         """The samples as they were read: id, prompt, reasoning, answer."""
         text = np.asarray(self.read_side_array("text"), dtype=np.uint8).tobytes()
-        return [json.loads(line) for line in text.splitlines()]
+        try:
+            records = [json.loads(line) for line in text.splitlines()]
+            if len(records) != self.num_samples or not all(map(_is_record, records)):
+                raise ValueError("samples without id, prompt, reasoning and answer")
+        except (ValueError, RecursionError) as error:
+            raise StoreError(
+                f"the text in {self.path} is damaged",
+                expected=f"{self.num_samples} samples",
+                found=error,
+                remedy="Extract again into a new place",
+            ) from error
+        return records
 
     @cached_property
     def excluded(self) -> NDArray[np.int64]:
@@ -215,14 +235,20 @@ class KVStore:
         return checksums
 
     def _ledger_entry(self, shard: int) -> NDArray[np.uint32] | None:
-        try:
-            data = np.fromfile(self.ledger_path(shard), np.uint8)
-        except (FileNotFoundError, NotADirectoryError):
+        """The checksums of a shard; None where there are none, or those of another shard."""
+        if not self.ledger_path(shard).is_file():
             return None
+        data = np.fromfile(self.ledger_path(shard), np.uint8)
         size = self.layout.samples * self.layout.blocks * 4
         if len(data) != size + CRC_BYTES or crc32c(data[:size]).to_bytes(4, "little") != data[size:].tobytes():
             return None
-        return data[:size].view("<u4").reshape(self.layout.samples, self.layout.blocks)
+        checksums = data[:size].view("<u4").reshape(self.layout.samples, self.layout.blocks)
+        samples = self.shard_samples(shard)
+        own = np.zeros(self.layout.samples, np.int64)
+        own[: len(samples)] = -(-self.length[samples.start : samples.stop] // self.layout.block)
+        found = (checksums != 0).sum(axis=1)
+        # All chunks of a sample are there, or, where it was excluded, none.
+        return checksums if np.all((found == own) | (found == 0)) else None
 
     def finished_shards(self) -> set[int]:
         """Shards that are whole, by the ledger. An array cannot tell: Zarr reads missing chunks as zeros."""
@@ -246,6 +272,11 @@ class KVStore:
                 found=finished,
                 remedy="Run the same `kvpipe extract` again: it goes on where it stopped",
             )
+
+
+def _is_record(record: Any) -> bool:
+    names = ("id", "prompt", "reasoning", "answer")
+    return isinstance(record, dict) and all(isinstance(record.get(name), str) for name in names)
 
 
 def _what_is_at(path: Path) -> str:

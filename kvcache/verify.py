@@ -64,6 +64,8 @@ def _verify(store: KVStore, shard: int) -> Damage | None:
     lengths = [int(store.length[sample]) for sample in everything]
     try:
         checksums = store.shard_checksums(shard)[: len(lengths)]
+        if not store.shard_path(shard).is_file():
+            raise FileNotFoundError("its file is missing")
         with store.shard_path(shard).open("rb", buffering=0) as file:
             _require_index(file, store.layout, lengths, checksums)
             bad = _damaged_rows(file, store.layout, lengths, checksums)

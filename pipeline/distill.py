@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from ..data.batching import ShuffledBatches
 from ..kvcache.align.aligner import Aligner, AlignerConfig
 from ..kvcache.align.head_projection import KVSpace
 from ..kvcache.align.layer_map import ratio_map
-from ..kvcache.errors import StoreError
+from ..kvcache.errors import DivergenceError, StoreError
 from ..kvcache.files import write_atomic
 from ..kvcache.lock import only_writer
 from ..kvcache.manifest import hash_json, hash_weights
@@ -84,7 +85,7 @@ def distill(
         setup_done = time.perf_counter()
         resumed_from = _train(trainer, run, progress)
         train_done = time.perf_counter()
-        metrics = _final_metrics(parts, store, config, run)
+        metrics = _final_metrics(parts, store, config, run, trainer.state.global_step)
         _save(parts, run)
         record = {
             "name": run_dir.name,
@@ -225,9 +226,13 @@ def _arguments(
     return arguments
 
 
-def _final_metrics(parts: _Parts, store: KVStore, config: DistillConfig, run: RunDirectory) -> dict[str, float | None]:
+def _final_metrics(
+    parts: _Parts, store: KVStore, config: DistillConfig, run: RunDirectory, steps: int
+) -> dict[str, float | None]:
     """Everything on the held-out split, generation included; each sample goes to `predictions.jsonl`."""
     tokens, sample_ce = parts.evaluate(parts.distiller)
+    if not math.isfinite(tokens["ce"]):
+        raise DivergenceError(steps)
     student = parts.distiller.student
     answers = evaluate_answers(student, parts.tokenizer, store, parts.held_out, config.max_new_tokens)
     lines = []

@@ -27,7 +27,8 @@ POLL_SECONDS = 0.5
 
 @dataclass(frozen=True)
 class ExperimentRuns:
-    """What came of the grid: records by run name, and the last line of what each failed run said."""
+    """What came of the grid: records by run name, the last line of what each failed run said, and how long this call
+    took for its runs (0 where none was missing)."""
 
     records: dict[str, dict[str, Any]]
     failures: dict[str, str]
@@ -51,6 +52,7 @@ def run_experiment(config: ExperimentConfig, runs_dir: Path, jobs: int | None = 
         # The teacher is gone; what torch still holds for it, the runs can use.
         torch.cuda.empty_cache()
     waiting = [(name, recipe) for name, recipe in config.runs if not _is_finished(runs_dir / name, recipe, store)]
+    ran = len(waiting)
     threads = max(1, (os.cpu_count() or 1) // jobs)
     start = time.perf_counter()
     with progress_bar() as bar, _Grid(config, len(waiting), bar) as grid:
@@ -62,7 +64,7 @@ def run_experiment(config: ExperimentConfig, runs_dir: Path, jobs: int | None = 
             time.sleep(POLL_SECONDS)
             grid.poll()
     records = {name: record for name, _ in config.runs if (record := RunDirectory(runs_dir / name).record)}
-    return ExperimentRuns(records, grid.failures, time.perf_counter() - start)
+    return ExperimentRuns(records, grid.failures, time.perf_counter() - start if ran else 0.0)
 
 
 def _is_finished(path: Path, recipe: DistillConfig, store: KVStore) -> bool:

@@ -17,7 +17,7 @@ from ..data.corpus import BUILTIN_DATASET, Corpus, load_corpus
 from ..data.sample import Segment
 from ..data.tokenize import TokenizedSample, tokenize
 from ..kvcache.create import TOKEN_BLOCK, SampleTable, create_store, padded_bytes
-from ..kvcache.errors import ConfigError, StoreError
+from ..kvcache.errors import ConfigError, ModelError, StoreError
 from ..kvcache.files import PARTIAL
 from ..kvcache.layout import KVGeometry, dtype_name
 from ..kvcache.lock import only_writer
@@ -91,6 +91,7 @@ def _extract(
     teacher = load_teacher(config.model, dtype=dtype, device=device, **source)
     max_tokens = _max_tokens(config.max_tokens, teacher)
     tokens = list(tokenize(chain.from_iterable(corpus.splits.values()), tokenizer, max_tokens))
+    _require_vocabulary(teacher, tokens)
     manifest = _manifest(config, teacher, tokenizer, corpus, max_tokens)
     store = _open_or_create(config, manifest, teacher, tokenizer, corpus, tokens)
     with progress or progress_bar() as bar:
@@ -109,6 +110,18 @@ def _max_tokens(requested: int | None, teacher: PreTrainedModel) -> int:
             remedy="Mend --max-tokens",
         )
     return requested
+
+
+def _require_vocabulary(teacher: PreTrainedModel, tokens: list[TokenizedSample]) -> None:
+    """Raise ModelError for a tokenizer that is not the teacher's own."""
+    size, largest = teacher.get_input_embeddings().num_embeddings, max(int(t.input_ids.max()) for t in tokens)
+    if largest >= size:
+        raise ModelError(
+            "the teacher's vocabulary is smaller than its tokenizer's",
+            expected=f"token ids below {size}",
+            found=largest,
+            remedy="Put the model's own tokenizer beside it",
+        )
 
 
 def _manifest(
@@ -150,6 +163,13 @@ def _open_or_create(
     tokens: list[TokenizedSample],
 ) -> KVStore:
     if config.store.exists():
+        if not (config.store / "zarr.json").is_file():
+            raise StoreError(
+                f"{config.store} is taken",
+                expected="a free place, or a store to go on with",
+                found="a folder that is no store" if config.store.is_dir() else "a file",
+                remedy="Choose another --store",
+            )
         store = KVStore.open(config.store)
         manifest.require_same(store.manifest, str(config.store))
         # A process that was killed while Zarr wrote the attributes leaves its temporary file.

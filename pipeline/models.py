@@ -84,6 +84,13 @@ def load_tokenizer(
     model: str, *, option: str = "--model", revision: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:
     """The tokenizer of a model. Raises ModelError, blaming `option`, where it cannot be found."""
+    if option == "--model" and model in builtin_students():
+        raise ModelError(
+            f"{model} is a built-in student",
+            expected=", ".join(builtin_teachers()),
+            found=model,
+            remedy=f"Mend {option}",
+        )
     source = {"revision": revision, "trust_remote_code": trust_remote_code}
     tokenizer = _load(AutoTokenizer.from_pretrained, model, "tokenizer of model", option, **source)
     if tokenizer.get_vocab().keys() <= set(tokenizer.all_special_tokens):
@@ -108,8 +115,28 @@ def load_teacher(
     """A causal LM in eval mode. Raises ModelError where it cannot be found or has no weights."""
     source = {"revision": revision, "trust_remote_code": trust_remote_code}
     teacher = _load_weights(model, "model", "--model", dtype=dtype, **source)
+    teacher = teacher.to(device).eval()
+    require_causal(teacher, "--model")
     teacher.base_model.register_forward_pre_hook(_count_forward)
-    return teacher.to(device).eval()
+    return teacher
+
+
+@torch.inference_mode()
+def require_causal(model: PreTrainedModel, option: str) -> None:
+    """Raise ModelError for a model whose first token sees its last: no configuration tells of it for certain."""
+    training = model.training
+    model.eval()
+    ids = torch.tensor([[0, 1, 2, 3], [0, 1, 2, 0]], device=model.device)
+    logits = model(ids, use_cache=False).logits[:, 0]
+    model.train(training)
+    rounding = 8 * torch.finfo(logits.dtype).eps * logits.abs().max()
+    if (logits[0] - logits[1]).abs().max() > rounding:
+        raise ModelError(
+            f"{model.config.model_type} is not a causal language model",
+            expected="tokens that see the ones before them only",
+            found="a first token that depends on the last",
+            remedy=f"Choose a decoder with {option}",
+        )
 
 
 def _load(loader: Callable[..., Any], name: str, kind: str, option: str, **options: Any) -> Any:
@@ -181,22 +208,23 @@ def load_student(student: str, tokenizer: PreTrainedTokenizerBase, *, random_ini
     """
     set_seed(seed)
     if not starts_random(student, random_init):
-        return _load_weights(student, "student", "--student", dtype=torch.float32)
+        loaded = _load_weights(student, "student", "--student", dtype=torch.float32)
+        require_causal(loaded, "--student")
+        return loaded
     config: PreTrainedConfig = _load(AutoConfig.from_pretrained, student, "student", "--student")
     text_config = config.get_text_config(decoder=True)
     text_config.vocab_size = len(tokenizer)
     text_config.bos_token_id, text_config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
     # Padding is masked wherever it stands; an id of another vocabulary would not even fit the embedding.
     text_config.pad_token_id = None
-    return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    made = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    require_causal(made, "--student")
+    return made
 
 
 def starts_random(student: str, random_init: bool) -> bool:
-    """Whether a student starts from random weights: asked for, or a config without weights."""
-    path = Path(locate(student))
-    if path.is_dir():
-        return random_init or (not any(path.glob("*.safetensors*")) and not any(path.glob("*.bin")))
-    return random_init or path.suffix == ".json"
+    """Whether a student starts from random weights: asked for, or named by nothing but a configuration."""
+    return random_init or student in builtin_students() or Path(student).suffix == ".json"
 
 
 def tokenizer_files(tokenizer: PreTrainedTokenizerBase) -> dict[str, bytes]:
@@ -218,4 +246,12 @@ def tokenizer_from_files(contents: Mapping[str, bytes]) -> PreTrainedTokenizerBa
                     remedy="Extract the store again",
                 )
             (Path(folder) / name).write_bytes(content)
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        try:
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        except Exception as error:
+            raise ModelError(
+                "the store's tokenizer cannot be read",
+                expected="the files of a tokenizer",
+                found=f"{type(error).__name__}: {error}",
+                remedy="Extract the store again",
+            ) from error

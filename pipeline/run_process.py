@@ -61,7 +61,7 @@ def _run(config: DistillConfig, store: Path, run_dir: Path, device: str, threads
     try:
         distill(config, store, run_dir, device=device)
     except (KVPipeError, DataError) as error:
-        sys.exit(f"{type(error).__name__}: {error}")
+        sys.exit(str(error))
 
 
 def _end_with_parent() -> None:

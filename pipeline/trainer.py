@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from ..data.batching import ShuffledBatches
+from ..kvcache.errors import DivergenceError
 from .checkpoint import load_optimizer, load_rng, save_optimizer, save_rng
 from .config import DistillConfig
 from .distiller import KVDistiller
@@ -118,6 +120,8 @@ class DistillTrainer(Trainer):
     # ------------------------------------------------------------------ logs and evaluation
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if not all(math.isfinite(logs[name]) for name in ("loss", "eval_ce") if name in logs):
+            raise DivergenceError(self.state.global_step)
         if "loss" in logs and self._part_steps:
             logs |= {part: float(total) / self._part_steps for part, total in self._part_sums.items()}
             self._part_sums, self._part_steps = {}, 0

@@ -1,4 +1,4 @@
-"""What machines do to stores and runs, done on purpose. A few points of each in `make test`, all in `make test-faults`.
+"""What machines do to stores and runs, done on purpose. A few points of most in `make test`, all in `make test-faults`.
 
 Every fault is drawn from a seed. What was tried, and what came of it, is counted and printed at the end.
 """
@@ -77,6 +77,14 @@ def contents(folder: Path, left_out: set[str]) -> dict[str, bytes]:
     files = (path for path in sorted(folder.rglob("*")) if path.is_file())
     found = {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
     return {name: data for name, data in found.items() if not any(Path(name).match(pattern) for pattern in left_out)}
+
+
+SLOW = {"test_hostile_input.py", "test_long_runs.py", "test_two_writers.py"}
+"""Of these even a few points take long."""
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    return True if collection_path.name in SLOW and config.getoption("--faults") == "quick" else None
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -23,6 +24,7 @@ from kvpipe.kvcache.verify import verify_shards
 from kvpipe.kvcache.writer import ShardWriter
 from kvpipe.pipeline.builtin_teacher import train_tokenizer
 from kvpipe.pipeline.read_ahead import ReadAhead
+from kvpipe.pipeline.teacher_pass import MAX_OPEN_SHARDS
 from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -167,6 +169,11 @@ def open_files() -> list[str]:
     return sorted(name for name in found if "/proc/" not in name)
 
 
+def other_threads() -> list[str]:
+    """Names of all threads; asyncio's pool belongs to Zarr and grows to its limit as it is needed."""
+    return sorted(thread.name for thread in threading.enumerate() if not thread.name.startswith("asyncio_"))
+
+
 def threads() -> list[str]:
     """Names of our own threads that live, once those that are ending had the time."""
     for _ in range(500):
@@ -224,9 +231,10 @@ def test_a_long_extraction_keeps_its_memory_its_handles_and_its_threads(
     assert not any(verify_shards(store))
     assert after == before
     written = [sample for sample in sampled if 0 < sample[0] < store.num_shards]
-    for column in (2, 3):
-        early, late = quarters(written, column)
-        assert max(late) <= max(early) + PASSING, "handles" if column == 2 else "threads"
+    # How many shards wait for the disk differs from moment to moment; that they are few does not.
+    assert max(sample[2] for sample in written) <= len(before[0]) + MAX_OPEN_SHARDS + PASSING
+    early, late = quarters(written, 3)
+    assert max(late) <= max(early) + PASSING, "threads"
     if points(0, 1):
         early, late = quarters(written, 1)
         assert np.median(late) <= FLAT * np.median(early)
@@ -315,7 +323,7 @@ def test_stores_that_are_read_and_closed_leave_no_handle(
 ) -> None:
     store, kv = make_store([5, 40, 33, 2, 64], samples_per_shard=1)
     KVReader(store).read([0])
-    before = open_files(), threading.active_count()
+    before = open_files(), other_threads()
     times = points(50, 200)
     for number in range(times):
         reader = KVReader(KVStore.open(store.path))
@@ -325,7 +333,7 @@ def test_stores_that_are_read_and_closed_leave_no_handle(
             reader.close()
         del reader
     gc.collect()
-    assert (open_files(), threading.active_count()) == before
+    assert (open_files(), other_threads()) == before
     tally.add("opened and closed", tried=times, injected=0, detected=0, lost=0)
 
 
@@ -376,6 +384,28 @@ def test_reading_ahead_that_fails_leaves_no_thread(points: Callable[[int, int], 
     gc.collect()
     assert threads() == []
     tally.add("failing reader thread", tried=times, injected=times, detected=times, lost=0)
+
+
+def test_a_slow_disk_holds_the_teacher_back(
+    make_store: MakeStore, monkeypatch: pytest.MonkeyPatch, points: Callable[[int, int], int], tally: Tally
+) -> None:
+    """Shards that wait to be flushed keep their handles: they must not pile up without end."""
+    count = points(120, 400)
+    store, kv = make_store([5] * count, samples_per_shard=1, fill=False)
+    flush, before, most = os.fsync, len(open_files()), 0
+
+    def flush_slowly(descriptor: int) -> None:
+        time.sleep(0.005)
+        flush(descriptor)
+
+    monkeypatch.setattr(os, "fsync", flush_slowly)
+    with ShardWriter(store, range(store.num_shards)) as writer:
+        for start in range(0, count, 4):
+            writer.put(range(start, start + 4), [(k[start : start + 4], v[start : start + 4]) for k, v in kv])
+            most = max(most, len(open_files()) - before)
+    assert store.complete
+    assert most <= MAX_OPEN_SHARDS + PASSING, f"{most} shards of {count} were open at once"
+    tally.add("slow disk", tried=count, injected=count, detected=count, lost=0)
 
 
 @pytest.mark.parametrize("failing", ["thread", "caller", "main"])

@@ -87,8 +87,10 @@ EXTRACT_CASES = {
     "bytes": _extract("--dataset", "bytes.jsonl", says=("bytes.jsonl: expected UTF-8 text, found byte 0xff",)),
     "unknown dataset": _extract("--dataset", "nosuch", says=("'nosuch': expected word-problems, a .jsonl path",)),
     "below a file": _extract("--store", "file/new.zarr", says=("expected folders", "found the file", "--store")),
-    "a file": _extract("--store", "file", says=("no KV store at file", "expected a Zarr group")),
-    "no store there": _extract("--store", "folder", says=("found a folder without zarr.json",)),
+    "a file": _extract("--store", "file", says=("file is taken: expected a free place", "found a file", "--store")),
+    "no store there": _extract(
+        "--store", "folder", says=("folder is taken: expected a free place", "found a folder that is no store")
+    ),
     "other samples": _extract("--samples", 23, place=STORED, says=("num_samples differs", "expected 31, found 32")),
     "other seed": _extract("--seed", 1, place=STORED, says=("stored.zarr holds another extraction", "--store")),
     "other dataset": _extract("--dataset", "good.jsonl", place=STORED, says=("name differs", "found word-problems")),

@@ -262,7 +262,7 @@ def test_one_prompt_repeated_is_refused(write: Write) -> None:
 
 @pytest.mark.parametrize(("train", "held_out"), [(0, 1), (-1, 1), (1, 0), (None, 0), (None, -2)])
 def test_a_split_needs_a_sample(train: int | None, held_out: int) -> None:
-    with pytest.raises(DataError, match="expected at least 1 sample a split, found"):
+    with pytest.raises(DataError, match=r"samples: expected at least 1, found"):
         load_corpus(BUILTIN_DATASET, train, held_out, 0)
 
 

@@ -55,7 +55,7 @@ def test_splits_are_found_by_name(make_store: MakeStore) -> None:
 
 def test_any_text_survives(make_store: MakeStore) -> None:
     prompts = ["line\u2028separator\u2029", "\ud800 lone", "\x85\x0b\x0c\x1c\r\n", "é\u0301🦊\x00", ""]
-    records = [{"id": str(i), "prompt": prompt, "answer": None} for i, prompt in enumerate(prompts)]
+    records = [{"id": str(i), "prompt": prompt, "reasoning": "", "answer": ""} for i, prompt in enumerate(prompts)]
     store, _ = make_store([1] * len(records), records=records, fill=False)
     assert KVStore.open(store.path).records == records
 
@@ -102,7 +102,9 @@ def test_shards_hold_about_the_bytes_asked_for(make_store: MakeStore, samples_pe
 
 
 def test_a_missing_store_is_named(tmp_path: Path) -> None:
-    with pytest.raises(StoreError, match=r"no KV store at .*/none\.zarr: .*found nothing\. Write one with"):
+    with pytest.raises(
+        StoreError, match=r"no KV store at .*/none\.zarr: .*found nothing\. Name another, or write one with"
+    ):
         KVStore.open(tmp_path / "none.zarr")
     with pytest.raises(StoreError, match=r"found a folder without zarr\.json"):
         KVStore.open(tmp_path)
@@ -189,15 +191,18 @@ def test_only_the_ledger_says_what_is_finished(make_store: MakeStore) -> None:
         store.shard_path(shard).parent.mkdir(parents=True)
         store.shard_path(shard).write_bytes(b"a shard without an entry")
     assert store.finished_shards() == set()
-    checksums = np.array([[1, 2], [3, 4]], np.uint32)
-    store.record_shard(1, checksums)
+    own = [np.array(rows, np.uint32) for rows in ([[1, 0], [2, 3]], [[1, 2], [3, 0]], [[1, 0], [0, 0]])]
+    for other in (own[0], own[2]):
+        store.record_shard(1, other)
+        assert store.finished_shards() == set(), "the entry of a shard with other lengths"
+    store.record_shard(1, own[1])
     assert store.finished_shards() == {1}
     assert not store.complete
-    assert np.array_equal(store.shard_checksums(1), checksums)
+    assert np.array_equal(store.shard_checksums(1), own[1])
     with pytest.raises(StoreError, match=r"incomplete: expected 3 shards, found 1\. Run the same `kvpipe extract`"):
         store.require_complete()
-    store.record_shard(0, checksums)
-    store.record_shard(2, checksums)
+    store.record_shard(0, own[0])
+    store.record_shard(2, own[2])
     store.require_complete()
     assert KVStore.open(store.path).complete
     store.shard_path(2).unlink()
