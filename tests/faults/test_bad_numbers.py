@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from kvpipe.data.word_problems import generate
-from kvpipe.kvcache.errors import ModelError, StoreError
+from kvpipe.kvcache.errors import DivergenceError, ModelError, StoreError
 from kvpipe.kvcache.reader import KVReader
 from kvpipe.kvcache.store import KVStore
 from kvpipe.kvcache.verify import verify_shards
@@ -95,3 +95,12 @@ def test_numbers_too_large_for_float16_are_seen(broken_teacher: MakeTeacher, tmp
     )
     with pytest.raises(StoreError, match="has no"):
         distill(DistillConfig(mode="flat", max_steps=2), store.path, tmp_path / "run")
+
+
+def test_a_run_that_diverges_is_no_result(broken_teacher: MakeTeacher, tmp_path: Path) -> None:
+    store = extract(broken_teacher(lambda *_: None)).store
+    for steps in (3, 15):
+        config = DistillConfig(mode="none", learning_rate=1e9, max_steps=steps, max_new_tokens=4)
+        with pytest.raises(DivergenceError, match=r"diverged at step \d+: .*Lower --learning-rate"):
+            distill(config, store.path, tmp_path / f"run{steps}")
+        assert not (tmp_path / f"run{steps}" / "run.json").exists()

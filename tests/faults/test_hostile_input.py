@@ -670,7 +670,7 @@ def outcome_of(path: Path, data: bytes) -> list[Sample] | DataError:
 def test_any_bytes_are_samples_or_a_data_error(tmp_path: Path, points: Points, tally: Tally) -> None:
     outcomes = {True: 0, False: 0}
 
-    @settings(max_examples=points(300, 6000), suppress_health_check=list(HealthCheck))
+    @settings(max_examples=points(200, 3000), suppress_health_check=list(HealthCheck))
     @given(DOCUMENT)
     def check(data: bytes) -> None:
         outcomes[isinstance(outcome_of(tmp_path / "x.jsonl", data), DataError)] += 1
@@ -684,7 +684,7 @@ def test_any_bytes_are_samples_or_a_data_error(tmp_path: Path, points: Points, t
 def test_any_row_is_a_sample_or_a_data_error(points: Points, tally: Tally) -> None:
     outcomes = {True: 0, False: 0}
 
-    @settings(max_examples=points(300, 6000), suppress_health_check=list(HealthCheck))
+    @settings(max_examples=points(200, 3000), suppress_health_check=list(HealthCheck))
     @given(st.none() | st.integers() | st.text() | st.lists(st.integers()) | ROW | GOOD_ROW)
     def check(row: Any) -> None:
         outcome: Sample | DataError
