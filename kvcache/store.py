@@ -17,7 +17,7 @@ from .files import write_atomic
 from .integrity import is_metadata, require_metadata, require_seal, seal
 from .layout import DIMENSION_NAMES, LOGICAL_DTYPES, STORAGE_DTYPES, KVGeometry, dtype_name
 from .manifest import Manifest
-from .shard import CRC_BYTES, ShardLayout, crc32c
+from .shard import CRC_BYTES, EMPTY, ShardLayout, crc32c, read_index
 from .side_arrays import open_array, read_array
 
 ATTRIBUTE = "kvpipe"
@@ -157,8 +157,20 @@ class KVStore:
         found = []
         for shard in sorted(self.finished_shards()):
             samples, checksums = self.shard_samples(shard), self.shard_checksums(shard)
-            found += [samples[row] for row in np.flatnonzero(~checksums[: len(samples)].any(axis=1))]
+            rows = np.flatnonzero(~checksums[: len(samples)].any(axis=1))
+            if len(rows):
+                self._require_left_out(shard, rows)
+            found += [samples[row] for row in rows]
         return np.array(found, dtype=np.int64)
+
+    def _require_left_out(self, shard: int, rows: NDArray[np.intp]) -> None:
+        """Raise StoreError where a shard holds a sample that its ledger entry, then another shard's, leaves out."""
+        try:
+            index = read_index(np.fromfile(self.shard_path(shard), np.uint8), self.layout)
+        except ValueError as error:
+            raise self._damaged_entry(shard) from error
+        if (index[rows] != EMPTY).any():
+            raise self._damaged_entry(shard)
 
     def indices(self, split: str) -> NDArray[np.int64]:
         """Positions of a split's samples, without the excluded ones. Raises StoreError for an unknown split."""
@@ -226,21 +238,26 @@ class KVStore:
         """Checksums `[samples, blocks]` of a shard's chunks. Raises StoreError for an unfinished shard."""
         checksums = self._ledger_entry(shard)
         if checksums is None:
-            raise StoreError(
-                f"shard {shard} of {self.path} is not in the ledger, or its entry is damaged",
-                expected=f"valid checksums at {self.ledger_path(shard)}",
-                found="none",
-                remedy="Run the same `kvpipe extract` again: it writes the missing shards",
-            )
+            raise self._damaged_entry(shard)
         return checksums
+
+    def _damaged_entry(self, shard: int) -> StoreError:
+        return StoreError(
+            f"shard {shard} of {self.path} is not in the ledger, or its entry is damaged",
+            expected=f"valid checksums at {self.ledger_path(shard)}",
+            found="none",
+            remedy="Run the same `kvpipe extract` again: it writes the missing shards",
+        )
 
     def _ledger_entry(self, shard: int) -> NDArray[np.uint32] | None:
         """The checksums of a shard; None where there are none, or those of another shard."""
         if not self.ledger_path(shard).is_file():
             return None
-        data = np.fromfile(self.ledger_path(shard), np.uint8)
         size = self.layout.samples * self.layout.blocks * 4
-        if len(data) != size + CRC_BYTES or crc32c(data[:size]).to_bytes(4, "little") != data[size:].tobytes():
+        if self.ledger_path(shard).stat().st_size != size + CRC_BYTES:
+            return None
+        data = np.fromfile(self.ledger_path(shard), np.uint8)
+        if crc32c(data[:size]).to_bytes(4, "little") != data[size:].tobytes():
             return None
         checksums = data[:size].view("<u4").reshape(self.layout.samples, self.layout.blocks)
         samples = self.shard_samples(shard)

@@ -78,7 +78,7 @@ class RunDirectory:
 
     def last_checkpoint(self) -> Path | None:
         """The latest whole checkpoint: `trainer_state.json` is written last, and is JSON once it is whole."""
-        found = [path for path in self.checkpoints.glob("checkpoint-*/trainer_state.json") if _is_json(path)]
+        found = [path for path in self.checkpoints.glob("checkpoint-[0-9]*/trainer_state.json") if _is_json(path)]
         return max((path.parent for path in found), key=lambda path: int(path.name.split("-")[1]), default=None)
 
     def finish(self, record: dict[str, Any]) -> None:
@@ -93,7 +93,7 @@ def _pretty(document: dict[str, Any]) -> bytes:
 def _is_json(path: Path) -> bool:
     try:
         json.loads(path.read_text())
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return False
     return True
 
@@ -103,7 +103,7 @@ def _read(path: Path) -> dict[str, Any] | None:
         return json.loads(path.read_text())
     except FileNotFoundError:
         return None
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(
             f"{path} is damaged", expected="JSON", found=error, remedy="Start the run again with --overwrite"
         ) from error

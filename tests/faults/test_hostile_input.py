@@ -480,7 +480,7 @@ def forge(sound: Path, folder: Path, name: str) -> Path:
 
 DISTILL = ["distill", "--store", "x.zarr", "--mode", "flat", "--max-steps", 1, "--max-new-tokens", 2]
 DISTILL += ["--output-dir", "run"]
-COMMANDS = (["verify", "x.zarr"], ["inspect", "x.zarr"], ["inspect", "x.zarr", "--json"], DISTILL)
+COMMANDS = (["verify", "x.zarr"], DISTILL)
 
 
 def is_one_line(answer: dict[str, Any]) -> bool:
@@ -493,7 +493,7 @@ def test_the_sound_store_passes_all_of_it(reader: Reader, sound: Path, tmp_path:
     """Also once it went through the forger's hands: the faults below are what they seem."""
     forge(sound, tmp_path, "nothing")
     assert set(reader.read(tmp_path / "x.zarr").values()) == {"ok"}
-    for argv in COMMANDS:
+    for argv in (*COMMANDS, ["inspect", "x.zarr"]):
         answer = reader.command(*argv, cwd=tmp_path)
         assert answer["code"] == 0, answer["output"]
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -330,19 +331,29 @@ def scores(folder: Path) -> Any:
     return results["comparisons"], [(run["name"], run["scores"], run["curve"]) for run in results["runs"]]
 
 
-def descendants(pid: int) -> set[int]:
-    """Processes below one, whatever their depth."""
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Any]:
+    """Scores of an experiment that nobody stopped, run once, where they are asked for."""
+
+    @cache
+    def get() -> Any:
+        folder = tmp_path_factory.mktemp("experiment") / "whole"
+        process = begin(folder)
+        _, stderr = process.communicate(timeout=4 * SECONDS_TO_END)
+        assert process.returncode == 0, stderr
+        return scores(folder)
+
+    return get
+
+
+def children(pids: set[int]) -> set[int]:
     parents: dict[int, int] = {}
     for status in Path("/proc").glob("[0-9]*/stat"):
         try:
             parents[int(status.parent.name)] = int(status.read_text().rpartition(")")[2].split()[1])
         except OSError:
             continue
-    found: set[int] = set()
-    layer = {pid}
-    while layer := {child for child, parent in parents.items() if parent in layer}:
-        found |= layer
-    return found
+    return {child for child, parent in parents.items() if parent in pids}
 
 
 def living(pids: set[int]) -> set[int]:
@@ -371,43 +382,42 @@ def test_an_experiment_that_is_stopped_leaves_no_run_behind_and_starts_again_at_
     tmp_path: Path,
     points: Callable[[int, int], int],
     tally: Tally,
+    undisturbed: Callable[[], Any],
     name: str,
     sent: list[signal.Signals],
     code: int,
 ) -> None:
     """The signal goes to the process that leads, not to its runs. With SIGKILL each run sees for itself."""
-    tried = points(int(sent == [signal.SIGKILL]), 4)
+    tried = points(int(sent == [signal.SIGKILL]), 3)
     if tried == 0:
         pytest.skip("takes long: make test-faults")
-    expected = None
-    if points(0, 1):
-        whole = begin(tmp_path / "whole")
-        _, stderr = whole.communicate(timeout=4 * SECONDS_TO_END)
-        assert whole.returncode == 0, stderr
-        expected = scores(tmp_path / "whole")
+    expected = undisturbed() if points(0, 1) else None
     rng, injected = np.random.default_rng([23, len(sent), sent[0]]), 0
     for number in range(tried):
         folder = tmp_path / str(number)
         process = begin(folder)
         wait_for(lambda folder=folder: any(folder.glob("runs/x/*.log")), process)  # type: ignore[misc]
         time.sleep(rng.uniform(0, 3))
-        below = descendants(process.pid)
+        # The runs are forked by a server, which is a child of the process that leads.
+        servers = children({process.pid})
+        runs = children(servers)
         finished = len(list(folder.glob("runs/x/*/run.json")))
         for wait, number_of_signal in zip((0, rng.uniform(0, 0.3)), sent, strict=False):
             time.sleep(wait)
             process.send_signal(number_of_signal)
         _, stderr = process.communicate(timeout=SECONDS_TO_END)
-        left = living(below)
-        again = begin(folder)
+        left = living(runs)
         if process.returncode != 0:
             injected += 1
-            assert process.returncode == code, stderr
+            # One that comes while Python itself ends kills as it would any process; a shell shows 130 for both.
+            assert process.returncode == code or ("twice" in name and process.returncode == -signal.SIGINT), stderr
             assert "Traceback" not in stderr
-            assert len(below) >= 2
+            assert servers
             if code != -signal.SIGKILL:
                 assert not left, "runs outlived an experiment that ended in order"
-        wait_for(lambda below=below: not living(below))  # type: ignore[misc]
+        again = begin(folder)
         _, stderr = again.communicate(timeout=4 * SECONDS_TO_END)
+        assert not living(servers | runs)
         assert again.returncode == 0, f"{finished} runs were done, {stderr}"
         assert len(list(folder.glob("runs/x/*/run.json"))) == 4
         assert list(folder.rglob("*.lock")) == []
