@@ -47,6 +47,9 @@ def main() -> None:
     except KeyboardInterrupt:
         # A second Ctrl-C, while the first was being dealt with.
         sys.exit(128 + signal.SIGINT)
+    finally:
+        # All is unwound: one more Ctrl-C could only disturb the interpreter's own end.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _run() -> None:

@@ -23,6 +23,9 @@ from .store import KVStore
 
 OnNonfinite = Literal["exclude", "stop"]
 
+MAX_WAITING = 8
+"""Batches to write, or shards to flush, that may wait: a slow disk holds the teacher back."""
+
 
 @dataclass(frozen=True)
 class _Job:
@@ -62,9 +65,10 @@ class ShardWriter:
         self._free: queue.LifoQueue[Staging] = queue.LifoQueue()
         for _ in range(queue_size + 1):
             self._free.put(Staging())
-        self._jobs: queue.Queue[_Job | None] = queue.Queue()
+        self._jobs: queue.Queue[_Job | None] = queue.Queue(MAX_WAITING)
         self._error: BaseException | None = None
         self._stream: torch.cuda.Stream | None = None
+        self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="kvpipe-writer", daemon=True)
 
     def __enter__(self) -> ShardWriter:
@@ -73,22 +77,25 @@ class ShardWriter:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         start = time.perf_counter()
-        self._jobs.put(None)
         try:
-            self._thread.join()
+            self._jobs.put(None)
+            self._ended.wait()
         except BaseException as interruption:
-            # A signal: what the thread has begun is finished, what it has not is dropped.
+            # A signal: what the thread has begun is finished, what it has not is dropped. (A `join` that was
+            # interrupted may take the thread for ended, so an event is waited for.)
             self._error = interruption
-            self._thread.join()
+            self._jobs.put(None)
+            self._ended.wait()
             raise
         finally:
             self._drop_unfinished()
+        self._thread.join()
         self.wait_seconds += time.perf_counter() - start
         if self._error is not None and error is None:
             raise self._error
 
     def _drop_unfinished(self) -> None:
-        for file in self._files.values():
+        for file in list(self._files.values()):
             file.discard()
         for shard in self._pending:
             # One that a signal met between its creation and its registration.
@@ -144,6 +151,12 @@ class ShardWriter:
         return records, finite, copied
 
     def _run(self) -> None:
+        try:
+            self._work()
+        finally:
+            self._ended.set()
+
+    def _work(self) -> None:
         while (job := self._jobs.get()) is not None:
             if self._error is None:
                 try:

@@ -388,9 +388,9 @@ def test_an_experiment_that_is_stopped_leaves_no_run_behind_and_starts_again_at_
     code: int,
 ) -> None:
     """The signal goes to the process that leads, not to its runs. With SIGKILL each run sees for itself."""
-    tried = points(int(sent == [signal.SIGKILL]), 3)
+    tried = points(0, 3)
     if tried == 0:
-        pytest.skip("takes long: make test-faults")
+        pytest.skip("takes long: make test-faults (test_kill.py kills an experiment in every run)")
     expected = undisturbed() if points(0, 1) else None
     rng, injected = np.random.default_rng([23, len(sent), sent[0]]), 0
     for number in range(tried):
