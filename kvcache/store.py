@@ -251,12 +251,10 @@ class KVStore:
 
     def _ledger_entry(self, shard: int) -> NDArray[np.uint32] | None:
         """The checksums of a shard; None where there are none, or those of another shard."""
-        if not self.ledger_path(shard).is_file():
+        path, size = self.ledger_path(shard), self.layout.samples * self.layout.blocks * 4
+        if not path.is_file() or path.stat().st_size != size + CRC_BYTES:
             return None
-        size = self.layout.samples * self.layout.blocks * 4
-        if self.ledger_path(shard).stat().st_size != size + CRC_BYTES:
-            return None
-        data = np.fromfile(self.ledger_path(shard), np.uint8)
+        data = np.fromfile(path, np.uint8)
         if crc32c(data[:size]).to_bytes(4, "little") != data[size:].tobytes():
             return None
         checksums = data[:size].view("<u4").reshape(self.layout.samples, self.layout.blocks)
