@@ -104,11 +104,11 @@ def _create_kv(group: zarr.Group, table: SampleTable, geometry: KVGeometry, shar
     )
     group.create_array(
         "ledger",
-        shape=(num_samples, blocks),
-        chunks=(samples, blocks),
-        dtype=np.uint32,
+        shape=(num_samples, 1 + blocks),
+        chunks=(samples, 1 + blocks),
+        dtype=np.int64,
         fill_value=0,
-        dimension_names=("sample", "block"),
+        dimension_names=("sample", "entry"),
         **plain,
     )
 

@@ -59,14 +59,7 @@ class Manifest:
     @classmethod
     def from_dict(cls, document: Mapping[str, Any]) -> Manifest:
         """Parse a stored manifest. Raises StoreError for another schema, and for missing or unknown fields."""
-        version = document.get("schema_version")
-        if version != SCHEMA_VERSION:
-            raise StoreError(
-                "this store has another schema version",
-                expected=SCHEMA_VERSION,
-                found=version,
-                remedy="Read it with the kvpipe that wrote it, or extract again",
-            )
+        require_schema(document)
         teacher = _parse(TeacherIdentity, document.get("teacher"))
         dataset = _parse(DatasetIdentity, document.get("dataset"))
         whole = {**document, "teacher": teacher, "dataset": dataset, "layers": tuple(document.get("layers", ()))}
@@ -87,6 +80,19 @@ class Manifest:
     def hash(self) -> str:
         """One short name for the whole identity."""
         return hash_json(self.to_dict())[:16]
+
+
+def require_schema(document: Mapping[str, Any]) -> None:
+    """Raise StoreError for a stored manifest of another schema version."""
+    version = document.get("schema_version")
+    # JSON knows `true` and `1.0` as well, which are equal to 1.
+    if type(version) is not int or version != SCHEMA_VERSION:
+        raise StoreError(
+            "this store has another schema version",
+            expected=SCHEMA_VERSION,
+            found=version,
+            remedy="Read it with the kvpipe that wrote it, or extract again",
+        )
 
 
 def _parse(cls: type[Any], document: Any) -> Any:

@@ -23,7 +23,7 @@ OPEN_SHARDS = 128
 class _OpenShard:
     descriptor: int
     index: NDArray[np.int64]
-    checksums: NDArray[np.uint32]
+    checksums: NDArray[np.int64]
 
 
 class KVReader:
@@ -90,7 +90,7 @@ class KVReader:
             return self._shards[number]
         while len(self._shards) >= OPEN_SHARDS:
             os.close(self._shards.popitem(last=False)[1].descriptor)
-        checksums = self.store.shard_checksums(number)
+        checksums = self.store.ledger.checksums(number)
         descriptor = os.open(self.store.shard_path(number), os.O_RDONLY)
         try:
             size, index_bytes = os.fstat(descriptor).st_size, self.store.layout.index_bytes

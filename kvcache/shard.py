@@ -25,6 +25,8 @@ from .files import PartialFile
 
 CRC_BYTES = 4
 EMPTY = -1  # all ones in the file's uint64
+NO_CHUNK = -1
+"""In place of the checksum of a chunk that is not there."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,7 @@ class ShardFile:
         self._missing = set(range(len(self.lengths)))
         self._excluded: set[int] = set()
         self._first = np.cumsum([0] + [layout.blocks_of(length) for length in self.lengths]).tolist()
-        self._checksums = np.zeros((layout.samples, layout.blocks), dtype=np.uint32)
+        self._checksums = np.full((layout.samples, layout.blocks), NO_CHUNK, dtype=np.int64)
         self._file = PartialFile(path)
 
     @property
@@ -130,13 +132,13 @@ class ShardFile:
         self._missing.discard(row)
 
     def exclude(self, row: int) -> None:
-        """Leave sample `row` out for good: its chunks are empty ones, its checksums 0."""
+        """Leave sample `row` out for good: its chunks are empty ones, without checksums."""
         self._excluded.add(row)
         self._missing.discard(row)
 
-    def finish(self) -> NDArray[np.uint32]:
+    def finish(self) -> NDArray[np.int64]:
         """Write the index and put the file in place. Returns the checksums `[samples, blocks]` of its chunks,
-        0 where a chunk is empty."""
+        NO_CHUNK where there is none."""
         layout = self.layout
         present = [row not in self._excluded for row in range(len(self.lengths))]
         tail = layout.index(self.lengths, present).reshape(-1).view(np.uint8)
@@ -166,7 +168,7 @@ def read_sample(
     data: NDArray[np.uint8],
     layout: ShardLayout,
     entries: NDArray[np.int64],
-    checksums: NDArray[np.uint32],
+    checksums: NDArray[np.int64],
     out: NDArray[Any],
 ) -> None:
     """Copy one sample's chunks into `out` `[L, 2, H, T, D]`, T a multiple of the block.

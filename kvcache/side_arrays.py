@@ -43,13 +43,13 @@ def content_checksum(data: NDArray[Any]) -> int:
     return crc32c(np.ascontiguousarray(data).reshape(-1).view(np.uint8))
 
 
-def read_array(group: zarr.Group, name: str, checksum: int, rows: int | None = None) -> NDArray[Any]:
-    """A whole array, of `rows` rows if given. Raises StoreError where any of it is missing, damaged or not what
+def read_array(group: zarr.Group, name: str, checksum: int, shape: tuple[int, ...] | None = None) -> NDArray[Any]:
+    """A whole array, of `shape` if given. Raises StoreError where any of it is missing, damaged or not what
     `add_array` gave `checksum` for, as chunks in each other's place are."""
     try:
         array = open_array(group, name)
-        if rows is not None and array.shape[0] != rows:
-            raise ValueError(f"{array.shape[0]} rows instead of {rows}")
+        if shape is not None and array.shape != shape:
+            raise ValueError(f"an array of {array.shape} instead of {shape}")
         if array.nchunks_initialized != array.nchunks:
             raise ValueError(f"{array.nchunks - array.nchunks_initialized} of {array.nchunks} chunks are missing")
         data = np.asarray(array[...])

@@ -9,15 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import zarr
 from numpy.typing import NDArray
 
 from .errors import StoreError
-from .files import write_atomic
 from .integrity import is_metadata, require_metadata, require_seal, seal
 from .layout import DIMENSION_NAMES, LOGICAL_DTYPES, STORAGE_DTYPES, KVGeometry, dtype_name
-from .manifest import Manifest
-from .shard import CRC_BYTES, EMPTY, ShardLayout, crc32c, read_index
+from .ledger import Ledger
+from .manifest import Manifest, require_schema
+from .shard import ShardLayout
 from .side_arrays import open_array, read_array
 
 ATTRIBUTE = "kvpipe"
@@ -30,6 +31,8 @@ class KVStore:
         self.path = path
         self.group = group
         attributes = group.attrs[ATTRIBUTE]
+        # First: another version may be sealed in another way.
+        require_schema(attributes["manifest"])
         require_seal(attributes)
         self._checksums: dict[str, int] = dict(attributes["checksums"])
         require_metadata(path, self._checksums)
@@ -40,20 +43,12 @@ class KVStore:
         self._tokenizer_names: list[str] = list(map(str, attributes["tokenizer_files"]))
         kv = open_array(group, "kv")
         self.shape = kv.shape
+        self.num_samples = self.shape[2]
         self.dtype = LOGICAL_DTYPES[str(kv.attrs["logical_dtype"])]
-        num_layers, _, self.num_samples, num_kv_heads, max_length, head_dim = kv.shape
-        self.geometry = KVGeometry(num_layers, num_kv_heads, head_dim, self.dtype)
-        if not kv.shards or 0 in kv.shards or kv.dtype != STORAGE_DTYPES[self.dtype]:
-            raise ValueError(f"kv is not a sharded array of {attributes['manifest']['dtype']}")
-        self.layout = ShardLayout(
-            num_layers=num_layers,
-            num_kv_heads=num_kv_heads,
-            head_dim=head_dim,
-            block=kv.chunks[4],
-            samples=kv.shards[2],
-            blocks=max_length // kv.chunks[4],
-            dtype=np.dtype(kv.dtype).newbyteorder("<"),
-        )
+        self.layout = _layout(kv, self.dtype)
+        self.geometry = KVGeometry(self.shape[0], self.shape[3], self.shape[5], self.dtype)
+        if len(self.manifest.layers) != self.shape[0]:
+            raise ValueError(f"kv has {self.shape[0]} layers, the manifest {len(self.manifest.layers)}")
 
     # ------------------------------------------------------------------ opening
 
@@ -70,7 +65,7 @@ class KVStore:
             )
         try:
             # Consolidated metadata would stand in for the checked files.
-            return cls(path, zarr.open_group(path, mode="r", use_consolidated=False))
+            return cls(path, zarr.open_group(path, mode="r", zarr_format=3, use_consolidated=False))
         except StoreError:
             raise
         except Exception as error:
@@ -106,14 +101,14 @@ class KVStore:
         """Names of all arrays but the KV and its ledger."""
         return [name for name in self._checksums if not is_metadata(name)]
 
-    def read_side_array(self, name: str, rows: int | None = None) -> NDArray[Any]:
-        """A whole array. Raises StoreError where it is missing, damaged or of another number of `rows`."""
-        return read_array(self.group, name, self._checksums[name], rows)
+    def read_side_array(self, name: str, shape: tuple[int, ...] | None = None) -> NDArray[Any]:
+        """A whole array. Raises StoreError where it is missing, damaged or of another `shape`."""
+        return read_array(self.group, name, self._checksums[name], shape)
 
     @cached_property
     def length(self) -> NDArray[np.int32]:
         """Tokens of every sample `[B]`."""
-        length = self.read_side_array("length", self.num_samples)
+        length = self.read_side_array("length", (self.num_samples,))
         if length.dtype != np.int32 or length.min() < 1 or length.max() > self.shape[4]:
             raise StoreError(
                 f"{self.path} holds samples of impossible lengths",
@@ -126,12 +121,12 @@ class KVStore:
     @cached_property
     def input_ids(self) -> NDArray[np.int32]:
         """Token ids `[B, T]`, zeros past a sample's length."""
-        return np.asarray(self.read_side_array("input_ids", self.num_samples), dtype=np.int32)
+        return np.asarray(self.read_side_array("input_ids", self.shape[2::2]), dtype=np.int32)
 
     @cached_property
     def segment_ids(self) -> NDArray[np.int8]:
         """Segment of every token `[B, T]`, -1 past a sample's length."""
-        return np.asarray(self.read_side_array("segment_ids", self.num_samples), dtype=np.int8)
+        return np.asarray(self.read_side_array("segment_ids", self.shape[2::2]), dtype=np.int8)
 
     @cached_property
     def records(self) -> list[dict[str, Any]]:
@@ -152,25 +147,9 @@ class KVStore:
 
     @cached_property
     def excluded(self) -> NDArray[np.int64]:
-        """Positions of samples that have no KV, for the teacher's was not finite: the ledger holds 0 for all their
-        chunks. Of finished shards."""
-        found = []
-        for shard in sorted(self.finished_shards()):
-            samples, checksums = self.shard_samples(shard), self.shard_checksums(shard)
-            rows = np.flatnonzero(~checksums[: len(samples)].any(axis=1))
-            if len(rows):
-                self._require_left_out(shard, rows)
-            found += [samples[row] for row in rows]
-        return np.array(found, dtype=np.int64)
-
-    def _require_left_out(self, shard: int, rows: NDArray[np.intp]) -> None:
-        """Raise StoreError where a shard holds a sample that its ledger entry, then another shard's, leaves out."""
-        try:
-            index = read_index(np.fromfile(self.shard_path(shard), np.uint8), self.layout)
-        except ValueError as error:
-            raise self._damaged_entry(shard) from error
-        if (index[rows] != EMPTY).any():
-            raise self._damaged_entry(shard)
+        """Positions of samples that have no KV, for the teacher's was not finite. Of finished shards."""
+        found = [self.ledger.excluded(shard) for shard in sorted(self.finished_shards())]
+        return np.concatenate([np.empty(0, np.int64), *found])
 
     def indices(self, split: str) -> NDArray[np.int64]:
         """Positions of a split's samples, without the excluded ones. Raises StoreError for an unknown split."""
@@ -181,7 +160,7 @@ class KVStore:
                 found=split,
                 remedy="Name a split that is in the store",
             )
-        split_ids = self.read_side_array("split", self.num_samples)
+        split_ids = self.read_side_array("split", (self.num_samples,))
         positions = np.flatnonzero(split_ids == self.split_names.index(split))
         return positions[~np.isin(positions, self.excluded)]
 
@@ -226,52 +205,14 @@ class KVStore:
         start = shard * self.layout.samples
         return range(start, min(start + self.layout.samples, self.num_samples))
 
-    def ledger_path(self, shard: int) -> Path:
-        return self.path / "ledger" / "c" / str(shard) / "0"
-
-    def record_shard(self, shard: int, checksums: NDArray[np.uint32]) -> None:
-        """Enter a finished shard into the ledger: only now does it count."""
-        data = checksums.astype("<u4").reshape(-1).view(np.uint8)
-        write_atomic(self.ledger_path(shard), data.tobytes() + crc32c(data).to_bytes(CRC_BYTES, "little"))
-
-    def shard_checksums(self, shard: int) -> NDArray[np.uint32]:
-        """Checksums `[samples, blocks]` of a shard's chunks. Raises StoreError for an unfinished shard."""
-        checksums = self._ledger_entry(shard)
-        if checksums is None:
-            raise self._damaged_entry(shard)
-        return checksums
-
-    def _damaged_entry(self, shard: int) -> StoreError:
-        return StoreError(
-            f"shard {shard} of {self.path} is not in the ledger, or its entry is damaged",
-            expected=f"valid checksums at {self.ledger_path(shard)}",
-            found="none",
-            remedy="Run the same `kvpipe extract` again: it writes the missing shards",
-        )
-
-    def _ledger_entry(self, shard: int) -> NDArray[np.uint32] | None:
-        """The checksums of a shard; None where there are none, or those of another shard."""
-        path, size = self.ledger_path(shard), self.layout.samples * self.layout.blocks * 4
-        if not path.is_file() or path.stat().st_size != size + CRC_BYTES:
-            return None
-        data = np.fromfile(path, np.uint8)
-        if crc32c(data[:size]).to_bytes(4, "little") != data[size:].tobytes():
-            return None
-        checksums = data[:size].view("<u4").reshape(self.layout.samples, self.layout.blocks)
-        samples = self.shard_samples(shard)
-        own = np.zeros(self.layout.samples, np.int64)
-        own[: len(samples)] = -(-self.length[samples.start : samples.stop] // self.layout.block)
-        found = (checksums != 0).sum(axis=1)
-        # All chunks of a sample are there, or, where it was excluded, none.
-        return checksums if np.all((found == own) | (found == 0)) else None
+    @cached_property
+    def ledger(self) -> Ledger:
+        return Ledger(self.path / "ledger", self.layout, self.length)
 
     def finished_shards(self) -> set[int]:
-        """Shards that are whole, by the ledger. An array cannot tell: Zarr reads missing chunks as zeros."""
-        return {
-            shard
-            for shard in range(self.num_shards)
-            if self.shard_path(shard).is_file() and self._ledger_entry(shard) is not None
-        }
+        """Shards that are whole, by the ledger."""
+        shards = range(self.num_shards)
+        return {shard for shard in shards if self.shard_path(shard).is_file() and self.ledger.holds(shard)}
 
     @property
     def complete(self) -> bool:
@@ -287,6 +228,30 @@ class KVStore:
                 found=finished,
                 remedy="Run the same `kvpipe extract` again: it goes on where it stopped",
             )
+
+
+def _layout(kv: zarr.Array[Any], dtype: torch.dtype) -> ShardLayout:
+    """How the KV lies in its shards. Raises ValueError for an array that is not cut as `create_store` cuts it."""
+    num_layers, kinds, _, num_kv_heads, max_length, head_dim = kv.shape
+    if not kv.shards or kinds != 2 or kv.dtype != STORAGE_DTYPES[dtype]:
+        raise ValueError(f"kv is no sharded array of {dtype_name(dtype)} keys and values")
+    block, samples = kv.chunks[4], kv.shards[2]
+    if min(block, samples, *kv.shape) < 1 or max_length % block:
+        raise ValueError(f"kv of {kv.shape} cannot be cut into {samples} samples of {block} tokens")
+    sides = (num_layers, 2, num_kv_heads, head_dim)
+    if kv.chunks != (*sides[:2], 1, sides[2], block, sides[3]):
+        raise ValueError(f"chunks of {kv.chunks} are not one sample's")
+    if kv.shards != (*sides[:2], samples, sides[2], max_length, sides[3]):
+        raise ValueError(f"shards of {kv.shards} do not hold whole samples")
+    return ShardLayout(
+        num_layers=num_layers,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        block=block,
+        samples=samples,
+        blocks=max_length // block,
+        dtype=np.dtype(kv.dtype).newbyteorder("<"),
+    )
 
 
 def _is_record(record: Any) -> bool:

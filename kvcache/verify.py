@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import StoreError
-from .shard import CRC_BYTES, ShardLayout, crc32c, read_index
+from .shard import CRC_BYTES, NO_CHUNK, ShardLayout, crc32c, read_index
 from .store import KVStore
 
 PIECE_BYTES = 2**22
@@ -36,10 +36,11 @@ class Damage:
 def verify_shards(store: KVStore) -> Iterator[Damage | None]:
     """Every shard in turn, read by a few threads: its first damage, or None for a sound one.
 
-    Shards that were never finished are damage too.
+    Shards that were never finished are damage too. Raises StoreError where the samples' lengths are damaged.
     """
+    lengths = store.length.tolist()
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1), thread_name_prefix="kvpipe-verify") as threads:
-        yield from threads.map(lambda shard: _verify(store, shard), range(store.num_shards))
+        yield from threads.map(lambda shard: _verify(store, lengths, shard), range(store.num_shards))
 
 
 def require_sound(store: KVStore, damages: Sequence[Damage]) -> None:
@@ -59,11 +60,11 @@ def require_side_arrays(store: KVStore) -> None:
         store.read_side_array(name)
 
 
-def _verify(store: KVStore, shard: int) -> Damage | None:
+def _verify(store: KVStore, all_lengths: Sequence[int], shard: int) -> Damage | None:
     everything = tuple(store.shard_samples(shard))
-    lengths = [int(store.length[sample]) for sample in everything]
+    lengths = [all_lengths[sample] for sample in everything]
     try:
-        checksums = store.shard_checksums(shard)[: len(lengths)]
+        checksums = store.ledger.checksums(shard)[: len(lengths)]
         if not store.shard_path(shard).is_file():
             raise FileNotFoundError("its file is missing")
         with store.shard_path(shard).open("rb", buffering=0) as file:
@@ -74,20 +75,18 @@ def _verify(store: KVStore, shard: int) -> Damage | None:
     return Damage(shard, tuple(everything[row] for row in bad), "chunks fail their checksums") if bad else None
 
 
-def _require_index(file: FileIO, layout: ShardLayout, lengths: Sequence[int], checksums: NDArray[np.uint32]) -> None:
+def _require_index(file: FileIO, layout: ShardLayout, lengths: Sequence[int], checksums: NDArray[np.int64]) -> None:
     """Raise ValueError for a shard whose size or index is not that of its samples."""
     expected, found = layout.shard_bytes(lengths), os.fstat(file.fileno()).st_size
     if found != expected:
         raise ValueError(f"{found} bytes instead of {expected}")
     file.seek(expected - layout.index_bytes)
     index = read_index(np.frombuffer(file.read(layout.index_bytes), np.uint8), layout)
-    if not np.array_equal(index, layout.index(lengths, [bool(row.any()) for row in checksums])):
+    if not np.array_equal(index, layout.index(lengths, (checksums[:, 0] != NO_CHUNK).tolist())):
         raise ValueError("the index is not that of its samples")
 
 
-def _damaged_rows(
-    file: FileIO, layout: ShardLayout, lengths: Sequence[int], checksums: NDArray[np.uint32]
-) -> list[int]:
+def _damaged_rows(file: FileIO, layout: ShardLayout, lengths: Sequence[int], checksums: NDArray[np.int64]) -> list[int]:
     """Rows with a chunk that is not what the ledger recorded, or whose own checksum is not."""
     rows = [row for row, length in enumerate(lengths) for _ in range(layout.blocks_of(length))]
     expected = np.concatenate([checksums[row, : layout.blocks_of(length)] for row, length in enumerate(lengths)])
@@ -99,10 +98,10 @@ def _damaged_rows(
         records = buffer[: len(rows) - start]
         _read_exactly(file, records)
         own = records[:, -CRC_BYTES:].copy().view("<u4")[:, 0]
-        found = np.array([crc32c(record[:-CRC_BYTES]) for record in records], np.uint32)
+        found = np.array([crc32c(record[:-CRC_BYTES]) for record in records])
         wanted = expected[start : start + len(records)]
         # A sample that was left out has no chunks: what lies in its place means nothing.
-        damaged = ((found != wanted) | (own != wanted)) & (wanted != 0)
+        damaged = ((found != wanted) | (own != wanted)) & (wanted != NO_CHUNK)
         bad |= {rows[start + int(i)] for i in np.flatnonzero(damaged)}
     return sorted(bad)
 

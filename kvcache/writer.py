@@ -206,6 +206,6 @@ class ShardWriter:
 
     def _finish(self, shard: int) -> None:
         file = self._files[shard]
-        self._store.record_shard(shard, file.finish())
+        self._store.ledger.record(shard, file.finish())
         self.bytes_written += file.nbytes
         del self._files[shard]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,24 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+
+from ..kvcache.errors import ConfigError
+
+
+@contextmanager
+def reading(checkpoint: str) -> Iterator[None]:
+    """Whatever a damaged file makes a library raise, raised as ConfigError."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        raise ConfigError(
+            f"the checkpoint {checkpoint} is damaged",
+            expected="the training state that kvpipe wrote",
+            found=f"{type(error).__name__}: {error}",
+            remedy="Delete it to go on from an earlier one, or start the run again with --overwrite",
+        ) from error
 
 
 def save_optimizer(optimizer: Optimizer, scheduler: LRScheduler, folder: Path) -> None:

@@ -50,7 +50,7 @@ def repair(
         _require_same_teacher(store, hash_config(teacher.config), hash_weights(teacher.state_dict().items()))
         for damage in damages:
             # What is not in the ledger is not there, whatever its file holds.
-            store.ledger_path(damage.shard).unlink(missing_ok=True)
+            store.ledger.path(damage.shard).unlink(missing_ok=True)
         run_teacher(store, teacher, batch_size or store.extraction["batch_size"], bar)
     return damages
 

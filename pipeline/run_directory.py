@@ -31,7 +31,10 @@ class RunDirectory:
     @property
     def record(self) -> dict[str, Any] | None:
         """`run.json`, or None while the run is not finished."""
-        return _read(self.path / "run.json")
+        record = _read(self.path / "run.json")
+        if record is not None and "metrics" not in record:
+            raise _damaged(self.path / "run.json", "a record without metrics")
+        return record
 
     def claim(self, identity: dict[str, Any], *, overwrite: bool) -> None:
         """Take the folder for a run. With `overwrite` the run in it goes first."""
@@ -61,13 +64,11 @@ class RunDirectory:
     def _holds_run(self) -> bool:
         """A model's folder has a config.json too, and must never be overwritten. (One that is only half written is
         what a killed run left.)"""
-        try:
-            return json.loads((self.path / "config.json").read_text()).keys() == {"config", "store"}
-        except (FileNotFoundError, NotADirectoryError, AttributeError, ValueError):
-            return False
+        config = _parse(self.path / "config.json")
+        return config is not None and config.keys() == {"config", "store"}
 
     def _require_same(self, identity: dict[str, Any]) -> None:
-        if difference := first_difference(identity, _read(self.path / "config.json") or {}):
+        if difference := first_difference(identity, _parse(self.path / "config.json") or {}):
             name, expected, found = difference
             raise ConfigError(
                 f"{self.path} holds another run ({name} differs)",
@@ -77,8 +78,9 @@ class RunDirectory:
             )
 
     def last_checkpoint(self) -> Path | None:
-        """The latest whole checkpoint: `trainer_state.json` is written last, and is JSON once it is whole."""
-        found = [path for path in self.checkpoints.glob("checkpoint-[0-9]*/trainer_state.json") if _is_json(path)]
+        """The latest whole checkpoint: `trainer_state.json` is written last, and an object once it is whole."""
+        states = self.checkpoints.glob("checkpoint-[0-9]*/trainer_state.json")
+        found = [path for path in states if _parse(path) is not None]
         return max((path.parent for path in found), key=lambda path: int(path.name.split("-")[1]), default=None)
 
     def finish(self, record: dict[str, Any]) -> None:
@@ -90,20 +92,27 @@ def _pretty(document: dict[str, Any]) -> bytes:
     return (json.dumps(document, indent=2) + "\n").encode()
 
 
-def _is_json(path: Path) -> bool:
+def _parse(path: Path) -> dict[str, Any] | None:
+    """A JSON object; None where the file holds no such thing."""
     try:
-        json.loads(path.read_text())
-    except (ValueError, RecursionError):
-        return False
-    return True
+        document = json.loads(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError):
+        return None
+    return document if isinstance(document, dict) else None
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        return None
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(
-            f"{path} is damaged", expected="JSON", found=error, remedy="Start the run again with --overwrite"
-        ) from error
+    """A JSON object; None where there is no file. Raises ConfigError for a file that holds anything else."""
+    document = _parse(path)
+    if document is None and path.exists():
+        raise _damaged(path, "something else")
+    return document
+
+
+def _damaged(path: Path, found: str) -> ConfigError:
+    return ConfigError(
+        f"{path} is damaged",
+        expected="the JSON object that kvpipe wrote",
+        found=found,
+        remedy="Start the run again with --overwrite",
+    )

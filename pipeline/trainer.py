@@ -17,7 +17,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from ..data.batching import ShuffledBatches
 from ..kvcache.errors import DivergenceError
-from .checkpoint import load_optimizer, load_rng, save_optimizer, save_rng
+from .checkpoint import load_optimizer, load_rng, reading, save_optimizer, save_rng
 from .config import DistillConfig
 from .distiller import KVDistiller
 from .monitor import CollapseMonitor
@@ -147,8 +147,9 @@ class DistillTrainer(Trainer):
         self.monitor.save(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        load_model(model or self.model, str(Path(resume_from_checkpoint) / "model.safetensors"))
-        self.monitor.load(Path(resume_from_checkpoint))
+        with reading(resume_from_checkpoint):
+            load_model(model or self.model, str(Path(resume_from_checkpoint) / "model.safetensors"))
+            self.monitor.load(Path(resume_from_checkpoint))
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self.args.should_save:
@@ -156,14 +157,19 @@ class DistillTrainer(Trainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
-            load_optimizer(self.optimizer, self.lr_scheduler, Path(checkpoint))
+            with reading(checkpoint):
+                load_optimizer(self.optimizer, self.lr_scheduler, Path(checkpoint))
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        """Losses are never scaled (bfloat16 needs no scaling), and a scaler's state would be a pickle."""
 
     def _save_rng_state(self, output_dir: str) -> None:
         save_rng(Path(output_dir) / f"rng_state_{self.args.process_index}.json")
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
-            load_rng(Path(checkpoint) / f"rng_state_{self.args.process_index}.json")
+            with reading(checkpoint):
+                load_rng(Path(checkpoint) / f"rng_state_{self.args.process_index}.json")
 
 
 def _as_is(batch: Any) -> Any:

@@ -154,7 +154,11 @@ def make_store(
         mean_bytes = blocks * TOKEN_BLOCK * geometry.bytes_per_token / len(lengths)
         store = create_store(
             tmp_path_factory.mktemp("store") / "tiny.zarr",
-            make_manifest(dtype=str(dtype).removeprefix("torch.")),
+            make_manifest(
+                dtype=str(dtype).removeprefix("torch."),
+                layers=tuple(range(num_layers)),
+                dataset=DatasetIdentity("numbers", len(lengths), "beaded"),
+            ),
             _sample_table(lengths, records),
             geometry,
             tokenizer_files=tokenizer_files or {},

@@ -294,7 +294,7 @@ def test_what_a_writing_thread_meets_reaches_the_user_on_one_line(
     commands.run(EXTRACT, tmp_path, kill_at_event=1_000_000, limits={"RLIMIT_FSIZE": 300_000})
     store = KVStore.open(tmp_path / "x.zarr")
     assert not store.complete
-    obstacle = store.ledger_path(0).parents[1]
+    obstacle = store.ledger.path(0).parents[1]
     for path in sorted(obstacle.rglob("*"), reverse=True):
         path.rmdir() if path.is_dir() else path.unlink()
     if obstacle.exists():
@@ -415,7 +415,7 @@ def test_writers_that_fail_leave_no_handle_and_no_thread(
     """In the ledger (the thread's part), in a shard (the caller's), or in what the caller does between."""
     lengths = [5, 40, 33, 2, 64]
     store, kv = make_store(lengths, samples_per_shard=2, fill=False)
-    obstacle = {"thread": store.ledger_path(1).parent, "caller": store.path / "kv" / "c" / "0" / "0" / "1"}
+    obstacle = {"thread": store.ledger.path(1).parent, "caller": store.path / "kv" / "c" / "0" / "0" / "1"}
     if failing in obstacle:
         obstacle[failing].parent.mkdir(parents=True)
         obstacle[failing].write_bytes(b"")

@@ -29,7 +29,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def damage(store: KVStore, shard: int, kind: int, rng: np.random.Generator) -> None:
     """A flipped bit, a shard cut short, a lost shard, a lost ledger entry, in turn."""
-    file = store.shard_path(shard) if kind < 3 else store.ledger_path(shard)
+    file = store.shard_path(shard) if kind < 3 else store.ledger.path(shard)
     data = bytearray(file.read_bytes())
     if kind == 0:
         data[rng.integers(len(data))] ^= 1 << int(rng.integers(8))

@@ -51,7 +51,7 @@ FIELDS: dict[str, Any] = {
     "dataset.hash": "beadee",
     "dtype": "float16",
     "codec": "int8",
-    "layers": [0],
+    "layers": [0, 2],
     "eviction": "window",
     "key_position": "pre-rope",
     "rope.rope_theta": 10000.5,

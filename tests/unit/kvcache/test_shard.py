@@ -19,6 +19,7 @@ from kvpipe.kvcache.layout import STORAGE_DTYPES, dtype_name
 from kvpipe.kvcache.shard import (
     CRC_BYTES,
     EMPTY,
+    NO_CHUNK,
     ShardFile,
     ShardLayout,
     crc32c,
@@ -99,7 +100,7 @@ def test_empty_chunks_take_no_space(lengths: list[int], unused: int) -> None:
     full = np.arange(layout.blocks)[None] < np.array(blocks)[:, None]
     index = read_index(data, layout)
     assert np.all(index[~full] == EMPTY)
-    assert np.all(checksums[~full] == 0)
+    assert np.all(checksums[~full] == NO_CHUNK)
     # The chunks of a sample follow each other: one range holds them.
     assert index[full].tolist() == [[i * layout.record_bytes, layout.record_bytes] for i in range(sum(blocks))]
 

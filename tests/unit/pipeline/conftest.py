@@ -15,7 +15,7 @@ import torch
 from kvpipe.data.sample import Segment
 from kvpipe.kvcache.create import TOKEN_BLOCK, SampleTable, create_store
 from kvpipe.kvcache.layout import KVGeometry, dtype_name
-from kvpipe.kvcache.manifest import Manifest
+from kvpipe.kvcache.manifest import DatasetIdentity, Manifest
 from kvpipe.kvcache.store import KVStore
 from kvpipe.kvcache.writer import ShardWriter
 from kvpipe.pipeline.config import DistillConfig
@@ -97,7 +97,11 @@ def make_segmented_store(
         geometry = KVGeometry(layers, heads, dim, dtype)
         store = create_store(
             tmp_path_factory.mktemp("segmented") / "test.zarr",
-            make_manifest(dtype=dtype_name(dtype), layers=tuple(range(layers))),
+            make_manifest(
+                dtype=dtype_name(dtype),
+                layers=tuple(range(layers)),
+                dataset=DatasetIdentity("numbers", len(lengths), "beaded"),
+            ),
             table,
             geometry,
             tokenizer_files={"tokenizer.json": b"{}"},

@@ -22,9 +22,9 @@ def test_a_run_claims_a_new_or_empty_folder_and_may_come_back(tmp_path: Path) ->
     run.claim(IDENTITY, overwrite=False)
     assert run.record is None
     run.claim(IDENTITY, overwrite=False)
-    run.finish({"steps": 3})
+    run.finish({"metrics": {"ce": 3}})
     run.claim(IDENTITY, overwrite=False)
-    assert run.record == {"steps": 3}
+    assert run.record == {"metrics": {"ce": 3}}
 
 
 def test_another_run_is_refused_by_the_field_that_differs(tmp_path: Path) -> None:
@@ -38,7 +38,7 @@ def test_another_run_is_refused_by_the_field_that_differs(tmp_path: Path) -> Non
 def test_overwrite_replaces_a_run_and_all_that_it_left(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path)
     run.claim(IDENTITY, overwrite=False)
-    run.finish({"steps": 3})
+    run.finish({"metrics": {"ce": 3}})
     run.claim(OTHER, overwrite=True)
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 

@@ -1,0 +1,93 @@
+"""The ledger: which shards are whole, and the checksum of every chunk in them. An array cannot tell: Zarr reads missing
+chunks as zeros."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import StoreError
+from .files import write_atomic
+from .shard import CRC_BYTES, NO_CHUNK, ShardLayout, crc32c
+
+
+class Ledger:
+    """The array `ledger` of a store: `[B, 1 + blocks]` int64, a chunk a shard.
+
+    A sample's row is its own number, then the crc32c of its token blocks, NO_CHUNK past its end. Numbers count from
+    one, for Zarr reads a missing entry as zeros; that of a sample whose KV was left out for good is negative. So an
+    entry in another's place is seen.
+    """
+
+    def __init__(self, folder: Path, layout: ShardLayout, lengths: NDArray[np.int32]) -> None:
+        self._folder = folder
+        self._layout = layout
+        self._lengths = lengths
+
+    def path(self, shard: int) -> Path:
+        """The file of a shard's entry."""
+        return self._folder / "c" / str(shard) / "0"
+
+    def record(self, shard: int, checksums: NDArray[np.int64]) -> None:
+        """Enter a finished shard: only now does it count. `checksums` are `[samples, blocks]`."""
+        entry = np.zeros((self._layout.samples, 1 + self._layout.blocks), "<i8")
+        entry[:, 1:] = checksums
+        numbers = self._numbers(shard)
+        entry[: len(numbers), 0] = np.where(checksums[: len(numbers), 0] == NO_CHUNK, -numbers, numbers)
+        data = entry.reshape(-1).view(np.uint8)
+        write_atomic(self.path(shard), data.tobytes() + crc32c(data).to_bytes(CRC_BYTES, "little"))
+
+    def holds(self, shard: int) -> bool:
+        """Whether a shard has a valid entry."""
+        return self._entry(shard) is not None
+
+    def checksums(self, shard: int) -> NDArray[np.int64]:
+        """Checksums `[samples, blocks]` of a shard's chunks. Raises StoreError for an unfinished shard."""
+        return self._require_entry(shard)[:, 1:]
+
+    def excluded(self, shard: int) -> NDArray[np.int64]:
+        """Positions of a finished shard's samples that have no KV. Raises StoreError for an unfinished shard."""
+        numbers = self._require_entry(shard)[:, 0]
+        return -numbers[numbers < 0] - 1
+
+    def _require_entry(self, shard: int) -> NDArray[np.int64]:
+        entry = self._entry(shard)
+        if entry is None:
+            raise StoreError(
+                f"shard {shard} of {self._folder.parent} is not in the ledger, or its entry is damaged",
+                expected=f"valid checksums at {self.path(shard)}",
+                found="none",
+                remedy="Run the same `kvpipe extract` again: it writes the missing shards",
+            )
+        return entry
+
+    def _entry(self, shard: int) -> NDArray[np.int64] | None:
+        """What is recorded of a shard; None where nothing is, or what belongs to another shard."""
+        path, shape = self.path(shard), (self._layout.samples, 1 + self._layout.blocks)
+        size = shape[0] * shape[1] * 8
+        # Looked at before it is read: the file may be anything.
+        if not path.is_file() or path.stat().st_size != size + CRC_BYTES:
+            return None
+        data = np.fromfile(path, np.uint8)
+        if crc32c(data[:size]).to_bytes(CRC_BYTES, "little") != data[size:].tobytes():
+            return None
+        entry = data[:size].view("<i8").reshape(shape)
+        return entry if self._belongs_to(entry, shard) else None
+
+    def _belongs_to(self, entry: NDArray[np.int64], shard: int) -> bool:
+        """Whether the rows are of the shard's samples, with all chunks of those that were not left out."""
+        numbers = self._numbers(shard)
+        blocks = np.zeros(len(entry), np.int64)
+        blocks[: len(numbers)] = -(-self._lengths[numbers - 1] // self._layout.block)
+        blocks[entry[:, 0] < 0] = 0
+        own = np.zeros(len(entry), np.int64)
+        own[: len(numbers)] = numbers
+        found = (entry[:, 1:] != NO_CHUNK).sum(axis=1)
+        return bool(np.all(np.abs(entry[:, 0]) == own) and np.all(found == blocks))
+
+    def _numbers(self, shard: int) -> NDArray[np.int64]:
+        """The numbers of a shard's samples, counted from one."""
+        start = shard * self._layout.samples
+        return np.arange(start, min(start + self._layout.samples, len(self._lengths)), dtype=np.int64) + 1
