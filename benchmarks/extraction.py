@@ -19,7 +19,7 @@ import torch
 from kvpipe.kvcache.store import KVStore
 from kvpipe.pipeline.extract import ExtractConfig, extract
 from kvpipe.pipeline.models import load_teacher, resolve_device, resolve_dtype
-from kvpipe.pipeline.teacher_pass import plan_batches
+from kvpipe.pipeline.teacher_pass import plan_batches, plan_windows
 from side_by_side import HEADER, Ratio, alternate, quiet, ratio
 
 RUNS = 5
@@ -62,7 +62,8 @@ def _bare_forward(config: ExtractConfig) -> Callable[[], float]:
     @torch.inference_mode()
     def run() -> float:
         store = KVStore.open(config.store)
-        everything = plan_batches(store, config.batch_size, device, missing=set(range(store.num_shards)))
+        windows = plan_windows(store, config.batch_size, device)
+        everything = plan_batches(store, windows, config.batch_size, device, set(range(store.num_shards)))
         start = time.perf_counter()
         for batch in everything:
             length = torch.from_numpy(store.length[batch])

@@ -39,10 +39,12 @@ def extract(
 ) -> None:
     """Run the teacher once and store its KV cache.
 
-    Repeat the command after an interruption: it goes on where it stopped.
+    Repeat the command after an interruption: it goes on where it stopped. Several GPUs share the work under a launcher:
+    torchrun --nproc-per-node 8 --no-python kvpipe extract ...
     """
     from ..pipeline.extract import ExtractConfig, default_store
     from ..pipeline.extract import extract as run
+    from ..pipeline.ranks import is_main_process
     from .parse import batch_size_or_auto, exclude_or_stop, size_in_bytes
 
     report = run(
@@ -63,6 +65,8 @@ def extract(
             on_nonfinite=exclude_or_stop(on_nonfinite),
         )
     )
+    if not is_main_process():
+        return
     if excluded := len(report.store.excluded):
         typer.echo(
             f"{excluded} of {report.store.num_samples} samples are excluded: the teacher's KV is NaN or infinite "

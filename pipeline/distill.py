@@ -32,6 +32,7 @@ from .distiller import KVDistiller
 from .evaluate import evaluate_answers, evaluate_tokens
 from .models import load_student, resolve_device, tokenizer_from_files
 from .progress import progress_bar
+from .ranks import require_one_process
 from .run_directory import RunDirectory, run_identity
 from .run_record import costs, description
 from .trainer import DistillTrainer
@@ -69,6 +70,7 @@ def distill(
     is; an interrupted one goes on from its last checkpoint. Raises ConfigError, ModelError or StoreError for what
     the user can mend, CollapseError for a collapsed target.
     """
+    require_one_process("distill")
     started = time.perf_counter()
     resolved = resolve_device(device)
     store = KVStore.open(store_path)

@@ -19,6 +19,7 @@ from .experiment_config import ExperimentConfig
 from .extract import extract
 from .models import resolve_device
 from .progress import progress_bar
+from .ranks import require_one_process
 from .run_directory import RunDirectory, run_identity
 from .run_process import RunProcess
 
@@ -42,6 +43,7 @@ def run_experiment(config: ExperimentConfig, runs_dir: Path, jobs: int | None = 
     A failed run is reported, not raised: the others go on. Raises ConfigError for `jobs` below one, and
     what `extract` raises.
     """
+    require_one_process("experiment")
     on_gpu = resolve_device(config.extract.device).type == "cuda"
     if jobs is None:
         jobs = 1 if on_gpu else os.cpu_count() or 1

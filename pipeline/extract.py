@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
@@ -36,6 +37,7 @@ from ..kvcache.store import KVStore
 from ..kvcache.writer import OnNonfinite
 from .models import builtin_teachers, load_teacher, load_tokenizer, resolve_device, resolve_dtype, tokenizer_files
 from .progress import progress_bar
+from .ranks import Ranks, joined_ranks
 from .teacher_pass import ExtractReport, capture_kv, run_teacher
 
 DEFAULT_MAX_TOKENS = 1024
@@ -72,6 +74,7 @@ def default_store(model: str) -> Path:
 def extract(config: ExtractConfig, progress: Progress | None = None) -> ExtractReport:
     """Write the teacher's KV for a whole data set, or the part of it that an interrupted run left.
 
+    The processes of one job (`torchrun`, `accelerate launch`) share the work, and end with the same store.
     Raises ConfigError, DataError, ModelError or StoreError for what the user can mend.
     """
     if config.batch_size is not None and config.batch_size < 1:
@@ -79,12 +82,17 @@ def extract(config: ExtractConfig, progress: Progress | None = None) -> ExtractR
     device, dtype = resolve_device(config.device), resolve_dtype(config.dtype)
     corpus = load_corpus(config.dataset, config.samples, config.eval_samples, config.seed)
     _require_folder(config.store)
-    with only_writer(config.store):
-        return _extract(config, corpus, device, dtype, progress)
+    with joined_ranks() as ranks, only_writer(config.store) if ranks.is_main else nullcontext():
+        return _extract(config, corpus, device, dtype, ranks, progress)
 
 
 def _extract(
-    config: ExtractConfig, corpus: Corpus, device: torch.device, dtype: torch.dtype | str, progress: Progress | None
+    config: ExtractConfig,
+    corpus: Corpus,
+    device: torch.device,
+    dtype: torch.dtype | str,
+    ranks: Ranks,
+    progress: Progress | None,
 ) -> ExtractReport:
     source: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     tokenizer = load_tokenizer(config.model, **source)
@@ -93,9 +101,13 @@ def _extract(
     tokens = list(tokenize(chain.from_iterable(corpus.splits.values()), tokenizer, max_tokens))
     _require_vocabulary(teacher, tokens)
     manifest = _manifest(config, teacher, tokenizer, corpus, max_tokens)
+    if not ranks.is_main:
+        ranks.wait()
     store = _open_or_create(config, manifest, teacher, tokenizer, corpus, tokens)
-    with progress or progress_bar() as bar:
-        return run_teacher(store, teacher, config.batch_size, bar, on_nonfinite=config.on_nonfinite)
+    if ranks.is_main:
+        ranks.wait()
+    with progress or progress_bar(visible=ranks.is_main) as bar:
+        return run_teacher(store, teacher, config.batch_size, bar, on_nonfinite=config.on_nonfinite, ranks=ranks)
 
 
 def _max_tokens(requested: int | None, teacher: PreTrainedModel) -> int:

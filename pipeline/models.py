@@ -23,6 +23,7 @@ from transformers import (
 
 from ..kvcache.errors import ConfigError, ModelError
 from ..kvcache.layout import LOGICAL_DTYPES
+from .ranks import local_rank, world_size
 
 BUILTIN_DIR = Path(str(files("kvpipe.data.builtin")))
 
@@ -48,9 +49,14 @@ def locate(name: str) -> str:
 
 
 def resolve_device(device: str) -> torch.device:
-    """`auto` is CUDA where there is one, else the CPU. Raises ConfigError for a device that is not there."""
+    """`auto` is CUDA where there is one, else the CPU; of several processes on a machine each takes its own GPU.
+
+    Raises ConfigError for a device that is not there.
+    """
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and world_size() > 1:
+        device = f"cuda:{local_rank()}"
     try:
         resolved = torch.device(device)
     except RuntimeError as error:

@@ -15,7 +15,7 @@ class _TimeLeft(TimeRemainingColumn):
         return Text("took " if task.finished else "ETA ") + super().render(task)
 
 
-def progress_bar(console: Console | None = None) -> Progress:
+def progress_bar(console: Console | None = None, *, visible: bool = True) -> Progress:
     """A bar whose tasks carry a free `status` field beside the share done and the time left (at the end: taken)."""
     return Progress(
         TextColumn("{task.description}"),
@@ -24,4 +24,5 @@ def progress_bar(console: Console | None = None) -> Progress:
         TextColumn("{task.fields[status]}"),
         _TimeLeft(compact=True, elapsed_when_finished=True, table_column=Column(no_wrap=True)),
         console=console or Console(stderr=True),
+        disable=not visible,
     )

@@ -14,6 +14,7 @@ from ..kvcache.store import KVStore
 from ..kvcache.verify import Damage, require_side_arrays, verify_shards
 from .models import builtin_teachers, load_teacher, resolve_device
 from .progress import progress_bar
+from .ranks import require_one_process
 from .teacher_pass import run_teacher
 
 
@@ -33,6 +34,7 @@ def repair(
     same device gives the same bytes. Nothing but KV can be mended: the samples are taken from the store.
     Raises StoreError for damage beside the KV, and for another teacher than the store's.
     """
+    require_one_process("repair")
     resolved = resolve_device(device)
     with only_writer(store_path), progress or progress_bar() as bar:
         store = KVStore.open(store_path)

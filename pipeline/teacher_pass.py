@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from ..kvcache.layout import layer_pairs
 from ..kvcache.staging import Pairs
 from ..kvcache.store import KVStore
 from ..kvcache.writer import OnNonfinite, ShardWriter
+from .ranks import ONE_PROCESS, Ranks
 
 AUTO_BATCH_TOKENS = {"cpu": 2048, "cuda": 32768}
 """Padded tokens in a batch under `--batch-size auto`."""
@@ -47,22 +49,26 @@ def capture_kv(model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: 
     return layer_pairs(cache)
 
 
-def plan_batches(
-    store: KVStore, batch_size: int | None, device: torch.device, missing: set[int]
-) -> Iterator[list[int]]:
-    """The batches that fill the `missing` shards.
-
-    A batch's samples depend on the store's lengths and the batch size alone, never on what is already
-    written: a resumed extraction repeats the very same forwards, so it ends with the very same bytes.
-    """
-    max_tokens = AUTO_BATCH_TOKENS[device.type]
-    mean_batch = batch_size or max(1, max_tokens // int(store.length.mean()))
+def plan_windows(store: KVStore, batch_size: int | None, device: torch.device) -> list[range]:
+    """The shards of a store in runs, within which samples are grouped by length."""
+    mean_batch = batch_size or max(1, AUTO_BATCH_TOKENS[device.type] // int(store.length.mean()))
     one_batch, window = (-(-count * mean_batch // store.layout.samples) for count in (1, WINDOW_BATCHES))
     window = max(min(window, MAX_OPEN_SHARDS), one_batch)
-    for first in range(0, store.num_shards, window):
-        last = min(first + window, store.num_shards) - 1
-        samples = range(store.shard_samples(first).start, store.shard_samples(last).stop)
-        for batch in length_batches(samples, store.length, batch_size, max_tokens):
+    return [range(first, min(first + window, store.num_shards)) for first in range(0, store.num_shards, window)]
+
+
+def plan_batches(
+    store: KVStore, windows: Iterable[range], batch_size: int | None, device: torch.device, missing: set[int]
+) -> Iterator[list[int]]:
+    """The batches that fill the `missing` shards of some windows.
+
+    A batch's samples depend on the store's lengths and the batch size alone, never on what is already written or on
+    how many processes share the work: a resumed extraction repeats the very same forwards, so it ends with the very
+    same bytes.
+    """
+    for window in windows:
+        samples = range(store.shard_samples(window[0]).start, store.shard_samples(window[-1]).stop)
+        for batch in length_batches(samples, store.length, batch_size, AUTO_BATCH_TOKENS[device.type]):
             if any(index // store.layout.samples in missing for index in batch):
                 yield batch
 
@@ -75,15 +81,18 @@ def run_teacher(
     progress: Progress,
     *,
     on_nonfinite: OnNonfinite = "exclude",
+    ranks: Ranks = ONE_PROCESS,
 ) -> ExtractReport:
-    """Write every shard that is not in the ledger; `batch_size` None goes by a budget of padded tokens."""
-    missing = set(range(store.num_shards)) - store.finished_shards()
-    if not missing:
-        return ExtractReport(store, seconds=0.0, teacher_tokens=0, bytes_written=0, wait_seconds=0.0)
-    batches = list(plan_batches(store, batch_size, teacher.device, missing))
+    """Write every shard that is not in the ledger; `batch_size` None goes by a budget of padded tokens.
+
+    Each rank writes whole windows of its own. The report is that of all of them, its seconds those of every device.
+    """
+    windows = plan_windows(store, batch_size, teacher.device)[ranks.index :: ranks.count]
+    missing = set(chain.from_iterable(windows)) - store.finished_shards()
+    batches = list(plan_batches(store, windows, batch_size, teacher.device, missing))
     total = int(sum(store.length[i] for batch in batches for i in batch))
-    task = progress.add_task("extract", total=total, status="")
-    start, tokens = time.perf_counter(), 0
+    task = progress.add_task("extract", total=total, status="", visible=bool(batches))
+    start, seconds, tokens = time.perf_counter(), 0.0, 0.0
     try:
         with ShardWriter(store, missing, on_nonfinite=on_nonfinite) as writer:
             for batch in batches:
@@ -93,15 +102,18 @@ def run_teacher(
                 mask = (torch.arange(width)[None] < length[:, None]).long().to(teacher.device)
                 writer.put(batch, capture_kv(teacher, ids, mask))
                 tokens += int(length.sum())
-                progress.update(task, completed=tokens, status=_status(writer, tokens, time.perf_counter() - start))
+                seconds = time.perf_counter() - start
+                progress.update(task, completed=tokens, status=_status(writer, tokens, seconds))
+        if batches:
+            seconds = time.perf_counter() - start
+        seconds, tokens, written, waited = ranks.totals(seconds, tokens, writer.bytes_written, writer.wait_seconds)
     finally:
-        # An interrupted run has cost the teacher's time as well.
-        seconds = time.perf_counter() - start
-        if tokens:
-            store.add_extraction(seconds, tokens, str(teacher.device), batch_size)
-    return ExtractReport(store, seconds, tokens, writer.bytes_written, writer.wait_seconds)
+        # An interrupted run has cost the teacher's time as well. (Of other ranks nothing is known then.)
+        if tokens and ranks.is_main:
+            store.add_extraction(seconds, int(tokens), str(teacher.device), batch_size)
+    return ExtractReport(store, seconds, int(tokens), int(written), waited)
 
 
-def _status(writer: ShardWriter, tokens: int, seconds: float) -> str:
+def _status(writer: ShardWriter, tokens: float, seconds: float) -> str:
     rate, wait = tokens / seconds, writer.wait_seconds / seconds
     return f"{rate:,.0f} tokens/s · {writer.bytes_written / 1e9:.2f} GB written · disk wait {wait:.0%}"

@@ -43,7 +43,7 @@ def test_an_extraction_killed_anywhere_ends_with_the_same_store(
     attributes = KVStore.open(whole / "x.zarr").manifest
     assert KVStore.open(whole / "x.zarr").num_shards >= 8
     injected = 0
-    for number, fault in enumerate(faults(events, time.perf_counter() - start, points(12, 120), seed=0)):
+    for number, fault in enumerate(faults(events, time.perf_counter() - start, points(12, 140), seed=0)):
         folder = tmp_path / str(number)
         folder.mkdir()
         killed = commands.run(EXTRACT, folder, **fault)["code"] == KILLED
