@@ -29,6 +29,16 @@ def extract(
     ] = "auto",
     dtype: Annotated[str, typer.Option(help="auto (the model's own), float32, float16 or bfloat16.")] = "auto",
     device: Annotated[str, typer.Option(help="auto (CUDA where there is one), cpu, cuda or cuda:N.")] = "auto",
+    codec: Annotated[
+        str, typer.Option(help="How KV is kept: raw (exact), or lossy in fewer bits: fp8, int8, int4, int2.")
+    ] = "raw",
+    layers: Annotated[
+        str,
+        typer.Option(
+            help="Teacher layers to keep: all; numbers from 0, as in 1,3,8-11; or ratio:N, those that a student of N "
+            "layers learns from."
+        ),
+    ] = "all",
     max_shard_size: Annotated[str, typer.Option(help="Size of a shard file, e.g. 64MB or 1GB.")] = "64MB",
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub model.")] = None,
     trust_remote_code: Annotated[bool, typer.Option(help="Let a Hub model run its own code.")] = False,
@@ -63,6 +73,8 @@ def extract(
             trust_remote_code=trust_remote_code,
             seed=seed,
             on_nonfinite=exclude_or_stop(on_nonfinite),
+            codec=codec,
+            layers=layers,
         )
     )
     if not is_main_process():

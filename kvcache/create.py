@@ -14,9 +14,10 @@ import zarr
 from numpy.typing import NDArray
 from zarr.codecs import BytesCodec, Crc32cCodec
 
+from .codec import require_codec
 from .files import PARTIAL, remove_tree
 from .integrity import metadata_checksums, seal
-from .layout import DIMENSION_NAMES, STORAGE_DTYPES, KVGeometry, dtype_name
+from .layout import KVGeometry, dtype_name
 from .manifest import Manifest
 from .side_arrays import add_array
 from .store import ATTRIBUTE, KVStore
@@ -53,13 +54,16 @@ def create_store(
     truncated: int,
     shard_bytes: int,
 ) -> KVStore:
-    """An empty store of about `shard_bytes` a shard. It appears at `path` whole or not at all."""
+    """An empty store of about `shard_bytes` a shard. It appears at `path` whole or not at all.
+
+    Raises ConfigError for a codec that is unknown or cannot hold this geometry.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     building = path.with_name(f".{path.name}{PARTIAL}")
     remove_tree(building)
     try:
         group = zarr.create_group(building, zarr_format=3)
-        _create_kv(group, table, geometry, shard_bytes)
+        _create_kv(group, manifest, table, geometry, shard_bytes)
         checksums = _create_side_arrays(group, table, tokenizer_files)
         group.attrs[ATTRIBUTE] = seal(
             {
@@ -78,30 +82,33 @@ def create_store(
     return KVStore.open(path)
 
 
-def padded_bytes(lengths: NDArray[np.int32], geometry: KVGeometry) -> int:
+def stored_bytes(lengths: NDArray[np.int32], geometry: KVGeometry, codec: str) -> int:
     """What the KV of samples of these lengths takes on disk: whole token blocks."""
-    return int((-(-lengths.astype(np.int64) // TOKEN_BLOCK)).sum()) * TOKEN_BLOCK * geometry.bytes_per_token
+    parts = require_codec(codec).parts(geometry, TOKEN_BLOCK).values()
+    block = sum(part.layout(TOKEN_BLOCK, 1, 1).chunk_bytes for part in parts)
+    return int((-(-lengths.astype(np.int64) // TOKEN_BLOCK)).sum()) * block
 
 
-def _create_kv(group: zarr.Group, table: SampleTable, geometry: KVGeometry, shard_bytes: int) -> None:
+def _create_kv(
+    group: zarr.Group, manifest: Manifest, table: SampleTable, geometry: KVGeometry, shard_bytes: int
+) -> None:
     num_samples, max_length = table.input_ids.shape
     blocks = max_length // TOKEN_BLOCK
-    mean_bytes = padded_bytes(table.length, geometry) / num_samples
+    mean_bytes = stored_bytes(table.length, geometry, manifest.codec) / num_samples
     samples = int(min(max(shard_bytes // mean_bytes, 1), num_samples))
     plain = {"serializer": BytesCodec(endian="little"), "compressors": [Crc32cCodec()], "filters": None}
-    chunk = (geometry.num_layers, 2, 1, geometry.num_kv_heads, TOKEN_BLOCK, geometry.head_dim)
-    shape = (geometry.num_layers, 2, num_samples, geometry.num_kv_heads, max_length, geometry.head_dim)
-    group.create_array(
-        "kv",
-        shape=shape,
-        chunks=chunk,
-        shards=(*chunk[:2], samples, chunk[3], max_length, chunk[5]),
-        dtype=STORAGE_DTYPES[geometry.dtype],
-        fill_value=0,
-        dimension_names=DIMENSION_NAMES,
-        attributes={"logical_dtype": dtype_name(geometry.dtype)},
-        **plain,
-    )
+    for name, part in require_codec(manifest.codec).parts(geometry, TOKEN_BLOCK).items():
+        group.create_array(
+            name,
+            shape=part.grid(num_samples, blocks),
+            chunks=part.chunk,
+            shards=part.grid(samples, blocks),
+            dtype=part.dtype,
+            fill_value=0,
+            dimension_names=part.axes,
+            attributes={"logical_dtype": dtype_name(geometry.dtype)} if name == "kv" else None,
+            **plain,
+        )
     group.create_array(
         "ledger",
         shape=(num_samples, 1 + blocks),

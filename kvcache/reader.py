@@ -8,22 +8,30 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
+from .codec import Chunks
 from .errors import StoreError
-from .layout import KV, from_storage
-from .shard import read_index, read_sample
+from .layout import KV
+from .shard import ShardLayout, read_index, require_checksums, sample_range
 from .store import KVStore
 
-OPEN_SHARDS = 128
+OPEN_FILES = 128
 """File handles kept: shards are visited a few at a time."""
 
 
 @dataclass(frozen=True)
 class _OpenShard:
-    descriptor: int
-    index: NDArray[np.int64]
+    """For every part a file and its index `[samples, blocks, 2]`; and the ledger's checksums."""
+
+    descriptors: list[int]
+    indices: list[NDArray[np.int64]]
     checksums: NDArray[np.int64]
+
+    def close(self) -> None:
+        for descriptor in self.descriptors:
+            os.close(descriptor)
 
 
 class KVReader:
@@ -35,8 +43,10 @@ class KVReader:
 
     def __init__(self, store: KVStore) -> None:
         self._shards: OrderedDict[int, _OpenShard] = OrderedDict()
-        # Reused for every sample: fresh pages cost more than the bytes that go into them.
-        self._buffer = np.empty(0, np.uint8)
+        # Reused for every batch: fresh pages cost more than the bytes that go into them.
+        self._buffers = [np.empty(0, np.uint8) for _ in store.layouts]
+        self._shapes = [part.content_shape for part in store.parts.values()]
+        self._open_limit = max(1, OPEN_FILES // len(store.layouts))
         store.require_complete()
         self.store = store
 
@@ -45,36 +55,61 @@ class KVReader:
 
         T is `num_tokens`, by default the longest of the samples; tokens past a sample's end are zero.
         """
-        layout, lengths = self.store.layout, self.store.length
-        num_tokens = int(max(lengths[i] for i in indices)) if num_tokens is None else num_tokens
-        padded = layout.blocks_of(num_tokens) * layout.block
-        shape = (layout.num_layers, 2, len(indices), layout.num_kv_heads, padded, layout.head_dim)
-        out = np.empty(shape, dtype=layout.dtype)
-        for row, index in enumerate(indices):
-            self._read_into(int(index), out[:, :, row])
-        return from_storage(out, self.store.dtype)[..., :num_tokens, :]
+        geometry, grid = self.store.geometry, self.store.layout
+        lengths = [int(self.store.length[index]) for index in indices]
+        num_tokens = max(lengths) if num_tokens is None else num_tokens
+        blocks = [grid.blocks_of(min(length, num_tokens)) for length in lengths]
+        chunks = self._read_chunks(indices, blocks)
+        padded = grid.blocks_of(num_tokens) * grid.block
+        shape = (geometry.num_layers, 2, len(blocks), geometry.num_kv_heads, padded, geometry.head_dim)
+        out = torch.empty(shape, dtype=geometry.dtype)
+        first = 0
+        for row, (count, length) in enumerate(zip(blocks, lengths, strict=True)):
+            own = out[:, :, row, :, : count * grid.block].unflatten(3, (count, grid.block))
+            own.copy_(chunks[first : first + count].permute(1, 2, 3, 0, 4, 5))
+            out[:, :, row, :, length:] = 0
+            first += count
+        return out[..., :num_tokens, :]
 
     def close(self) -> None:
         """Close all file handles."""
         while self._shards:
-            os.close(self._shards.popitem()[1].descriptor)
+            self._shards.popitem()[1].close()
 
     def __del__(self) -> None:
         self.close()
 
-    def _read_into(self, index: int, out: NDArray[np.generic]) -> None:
-        layout = self.store.layout
-        number, row = divmod(index, layout.samples)
-        blocks = min(layout.blocks_of(int(self.store.length[index])), out.shape[3] // layout.block)
+    def _read_chunks(self, indices: Sequence[int], blocks: Sequence[int]) -> Chunks:
+        """The first `blocks` token blocks of every sample, one after the other, decoded."""
+        layouts, total = list(self.store.layouts.values()), sum(blocks)
+        for part, layout in enumerate(layouts):
+            if len(self._buffers[part]) < total * layout.record_bytes:
+                self._buffers[part] = np.empty(total * layout.record_bytes, np.uint8)
+        records = [
+            buffer[: total * layout.record_bytes].reshape(total, layout.record_bytes)
+            for buffer, layout in zip(self._buffers, layouts, strict=True)
+        ]
+        first = 0
+        for index, count in zip(indices, blocks, strict=True):
+            self._read_into(int(index), [part[first : first + count] for part in records])
+            first += count
+        parts = [
+            torch.from_numpy(part[:, : layout.chunk_bytes].view(layout.dtype).reshape(total, *shape))
+            for part, layout, shape in zip(records, layouts, self._shapes, strict=True)
+        ]
+        return self.store.codec.decode(parts, self.store.dtype)
+
+    def _read_into(self, index: int, records: Sequence[NDArray[np.uint8]]) -> None:
+        number, row = divmod(index, self.store.layout.samples)
+        blocks, layouts = len(records[0]), list(self.store.layouts.values())
         try:
             shard = self._open(number)
-            entries = shard.index[row, :blocks]
-            start, stop = int(entries[0, 0]), int(entries[-1].sum())
-            limit = blocks * layout.record_bytes
-            if len(self._buffer) < limit:
-                self._buffer = np.empty(limit, np.uint8)
-            data = _read_range(shard.descriptor, start, stop, self._buffer[:limit])
-            read_sample(data, layout, entries - np.array([start, 0]), shard.checksums[row, :blocks], out)
+            for descriptor, entries, layout, part in zip(
+                shard.descriptors, shard.indices, layouts, records, strict=True
+            ):
+                start, _ = sample_range(entries[row, :blocks], layout)
+                _read_into(descriptor, start, part.reshape(-1))
+            require_checksums(records, layouts, shard.checksums[row, :blocks])
         except (ValueError, OverflowError, FileNotFoundError) as error:
             raise StoreError(
                 f"shard {number} of {self.store.path} is damaged at sample {index}",
@@ -82,36 +117,40 @@ class KVReader:
                 found=error,
                 remedy="`kvpipe repair` writes damaged shards anew, given the teacher",
             ) from error
-        out[:, :, :, blocks * layout.block :] = 0
 
     def _open(self, number: int) -> _OpenShard:
         if number in self._shards:
             self._shards.move_to_end(number)
             return self._shards[number]
-        while len(self._shards) >= OPEN_SHARDS:
-            os.close(self._shards.popitem(last=False)[1].descriptor)
-        checksums = self.store.ledger.checksums(number)
-        descriptor = os.open(self.store.shard_path(number), os.O_RDONLY)
+        while len(self._shards) >= self._open_limit:
+            self._shards.popitem(last=False)[1].close()
+        shard = _OpenShard([], [], self.store.ledger.checksums(number))
         try:
-            size, index_bytes = os.fstat(descriptor).st_size, self.store.layout.index_bytes
-            tail = _read_range(descriptor, max(size - index_bytes, 0), size, np.empty(index_bytes, np.uint8))
-            index = read_index(tail, self.store.layout)
+            for path, layout in zip(self.store.shard_paths(number), self.store.layouts.values(), strict=True):
+                shard.descriptors.append(os.open(path, os.O_RDONLY))
+                shard.indices.append(_index(shard.descriptors[-1], layout))
         except BaseException:
-            os.close(descriptor)
+            shard.close()
             raise
-        self._shards[number] = _OpenShard(descriptor, index, checksums)
-        return self._shards[number]
+        self._shards[number] = shard
+        return shard
 
 
-def _read_range(descriptor: int, start: int, stop: int, buffer: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Bytes `start:stop` of a file, in `buffer`. Raises ValueError for a range it cannot hold or the file has not."""
-    if start < 0 or not 0 <= stop - start <= len(buffer):
-        raise ValueError(f"a range of {stop - start} bytes where at most {len(buffer)} belong")
-    data = buffer[: stop - start]
+def _index(descriptor: int, layout: ShardLayout) -> NDArray[np.int64]:
+    """The index at the end of a shard's file. Raises ValueError where it is damaged."""
+    start = os.fstat(descriptor).st_size - layout.index_bytes
+    if start < 0:
+        raise ValueError(f"the file cannot hold an index of {layout.index_bytes} bytes")
+    tail = np.empty(layout.index_bytes, np.uint8)
+    _read_into(descriptor, start, tail)
+    return read_index(tail, layout)
+
+
+def _read_into(descriptor: int, start: int, buffer: NDArray[np.uint8]) -> None:
+    """Fill a buffer from a file. Raises ValueError where the file ends too early."""
     done = 0
-    while done < len(data):
-        count = os.preadv(descriptor, [data.data[done:]], start + done)
+    while done < len(buffer):
+        count = os.preadv(descriptor, [buffer.data[done:]], start + done)
         if count == 0:
-            raise ValueError(f"the file ends {len(data) - done} bytes early")
+            raise ValueError(f"the file ends {len(buffer) - done} bytes early")
         done += count
-    return data

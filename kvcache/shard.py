@@ -1,4 +1,4 @@
-"""The bytes of one shard: Zarr v3 `sharding_indexed` with uncompressed, checksummed chunks.
+"""The bytes of one shard: Zarr v3 `sharding_indexed` with uncompressed, checksummed chunks, a file for every part.
 
 A shard file is its non-empty chunks, each followed by a little-endian crc32c, then an index of
 (offset, nbytes) uint64 pairs in C order of the chunk grid, then the index's own crc32c. Empty chunks
@@ -31,19 +31,13 @@ NO_CHUNK = -1
 
 @dataclass(frozen=True)
 class ShardLayout:
-    """Geometry of a shard: `samples` of at most `blocks` token blocks, chunks `[L, 2, 1, H, block, D]`."""
+    """Geometry of one file: a grid of `samples` by `blocks` chunks, each `block` tokens of one sample."""
 
-    num_layers: int
-    num_kv_heads: int
-    head_dim: int
+    chunk_shape: tuple[int, ...]
+    dtype: np.dtype[Any]
     block: int
     samples: int
     blocks: int
-    dtype: np.dtype[Any]
-
-    @cached_property
-    def chunk_shape(self) -> tuple[int, int, int, int, int, int]:
-        return (self.num_layers, 2, 1, self.num_kv_heads, self.block, self.head_dim)
 
     @cached_property
     def chunk_bytes(self) -> int:
@@ -80,26 +74,35 @@ class ShardLayout:
         return sum(map(self.blocks_of, lengths)) * self.record_bytes + self.index_bytes
 
 
-def crc32c(data: NDArray[np.uint8]) -> int:
-    """The Castagnoli checksum of contiguous bytes."""
-    return int(google_crc32c.value(data))
+def crc32c(data: NDArray[np.uint8], before: int = 0) -> int:
+    """The Castagnoli checksum of contiguous bytes, or of these after others that have the checksum `before`."""
+    return int(google_crc32c.extend(before, data))
 
 
 class ShardFile:
-    """Writes one shard to `path`, sample by sample and straight to its place in the file.
+    """Writes one shard, sample by sample and straight to its place: a file at each of `paths`, one a part of the store.
 
     `lengths` are the token counts of the shard's samples: with them every offset is known beforehand, so no
-    sample waits in memory for another. Nothing is at `path` before `finish`.
+    sample waits in memory for another. Nothing is at its path before `finish`.
     """
 
-    def __init__(self, path: Path, layout: ShardLayout, lengths: NDArray[np.integer[Any]]) -> None:
-        self.layout = layout
+    def __init__(
+        self, paths: Sequence[Path], layouts: Sequence[ShardLayout], lengths: NDArray[np.integer[Any]]
+    ) -> None:
+        self.layouts = layouts
         self.lengths = [int(length) for length in lengths]
+        grid = layouts[0]
         self._missing = set(range(len(self.lengths)))
         self._excluded: set[int] = set()
-        self._first = np.cumsum([0] + [layout.blocks_of(length) for length in self.lengths]).tolist()
-        self._checksums = np.full((layout.samples, layout.blocks), NO_CHUNK, dtype=np.int64)
-        self._file = PartialFile(path)
+        self._first = np.cumsum([0] + [grid.blocks_of(length) for length in self.lengths]).tolist()
+        self._checksums = np.full((grid.samples, grid.blocks), NO_CHUNK, dtype=np.int64)
+        self._files: list[PartialFile] = []
+        try:
+            for path in paths:
+                self._files.append(PartialFile(path))
+        except BaseException:
+            self.discard()
+            raise
 
     @property
     def remaining(self) -> int:
@@ -108,27 +111,26 @@ class ShardFile:
 
     @property
     def nbytes(self) -> int:
-        """Size of the finished file."""
-        return self.layout.shard_bytes(self.lengths)
+        """Size of the finished files."""
+        return sum(layout.shard_bytes(self.lengths) for layout in self.layouts)
 
-    def add(self, row: int, records: NDArray[np.uint8]) -> None:
-        """Write sample `row`: its token blocks as `[blocks, record_bytes]`, which are changed in place (tokens past
-        the sample's end become zero, and every chunk gets its checksum).
+    def add(self, row: int, records: Sequence[NDArray[np.uint8]]) -> None:
+        """Write sample `row`: for every part its token blocks as `[blocks, record_bytes]`, which are changed in place
+        (every chunk gets its checksum).
 
         Raises ValueError for records of another number or size.
         """
-        length, layout = self.lengths[row], self.layout
-        expected = (layout.blocks_of(length), layout.record_bytes)
-        if records.shape != expected:
-            raise ValueError(f"records that do not fit the shard: expected {expected}, found {records.shape}")
-        if past_end := -length % layout.block:
-            last = records[-1, : layout.chunk_bytes].view(layout.dtype).reshape(layout.chunk_shape)
-            last[..., layout.block - past_end :, :] = 0
-        for blk, record in enumerate(records):
-            checksum = crc32c(record[: layout.chunk_bytes])
-            record[layout.chunk_bytes :] = _le32(checksum)
-            self._checksums[row, blk] = checksum
-        self._file.write_at(records.reshape(-1).data, self._first[row] * layout.record_bytes)
+        checksums = self._checksums[row, : self.layouts[0].blocks_of(self.lengths[row])]
+        for layout, file, part in zip(self.layouts, self._files, records, strict=True):
+            expected = (len(checksums), layout.record_bytes)
+            if part.shape != expected:
+                raise ValueError(f"records that do not fit the shard: expected {expected}, found {part.shape}")
+            for blk, record in enumerate(part):
+                chunk = record[: layout.chunk_bytes]
+                own = crc32c(chunk)
+                record[layout.chunk_bytes :] = _le32(own)
+                checksums[blk] = own if file is self._files[0] else crc32c(chunk, int(checksums[blk]))
+            file.write_at(part.reshape(-1).data, self._first[row] * layout.record_bytes)
         self._missing.discard(row)
 
     def exclude(self, row: int) -> None:
@@ -137,18 +139,20 @@ class ShardFile:
         self._missing.discard(row)
 
     def finish(self) -> NDArray[np.int64]:
-        """Write the index and put the file in place. Returns the checksums `[samples, blocks]` of its chunks,
-        NO_CHUNK where there is none."""
-        layout = self.layout
+        """Write the indices and put the files in place. Returns the checksums `[samples, blocks]` of its chunks, all
+        parts of a block as one; NO_CHUNK where there is none."""
         present = [row not in self._excluded for row in range(len(self.lengths))]
-        tail = layout.index(self.lengths, present).reshape(-1).view(np.uint8)
-        self._file.write_at(tail.tobytes() + _le32(crc32c(tail)).tobytes(), self.nbytes - layout.index_bytes)
-        self._file.commit()
+        for layout, file in zip(self.layouts, self._files, strict=True):
+            tail = layout.index(self.lengths, present).reshape(-1).view(np.uint8)
+            offset = layout.shard_bytes(self.lengths) - layout.index_bytes
+            file.write_at(tail.tobytes() + _le32(crc32c(tail)).tobytes(), offset)
+            file.commit()
         return self._checksums
 
     def discard(self) -> None:
-        """Give up: nothing is left on the disk."""
-        self._file.discard()
+        """Give up: nothing is left on the disk that was not in place before."""
+        for file in self._files:
+            file.discard()
 
 
 def read_index(data: NDArray[np.uint8], layout: ShardLayout) -> NDArray[np.int64]:
@@ -164,26 +168,29 @@ def read_index(data: NDArray[np.uint8], layout: ShardLayout) -> NDArray[np.int64
     return tail[:-CRC_BYTES].view("<i8").reshape(layout.samples, layout.blocks, 2)
 
 
-def read_sample(
-    data: NDArray[np.uint8],
-    layout: ShardLayout,
-    entries: NDArray[np.int64],
-    checksums: NDArray[np.int64],
-    out: NDArray[Any],
-) -> None:
-    """Copy one sample's chunks into `out` `[L, 2, H, T, D]`, T a multiple of the block.
+def sample_range(entries: NDArray[np.int64], layout: ShardLayout) -> tuple[int, int]:
+    """The bytes of a file that hold a sample, by its `entries` `[blocks, 2]` in the index.
 
-    `entries` `[blocks, 2]` come from the index, `checksums` `[blocks]` from the ledger. Raises ValueError
-    where a chunk is missing, misplaced, or not the bytes that were written for this sample.
+    Raises ValueError where they do not follow each other.
     """
-    for blk, ((offset, nbytes), expected) in enumerate(zip(entries.tolist(), checksums.tolist(), strict=True)):
-        if nbytes != layout.record_bytes or not 0 <= offset <= len(data) - nbytes:
-            raise ValueError(f"token block {blk} is missing or cut short")
-        record = data[offset : offset + layout.chunk_bytes]
-        if crc32c(record) != expected:
+    start = int(entries[0, 0])
+    places = start + np.arange(len(entries), dtype=np.int64) * layout.record_bytes
+    if start < 0 or not np.array_equal(entries[:, 0], places) or (entries[:, 1] != layout.record_bytes).any():
+        raise ValueError("token blocks are missing or misplaced")
+    return start, start + len(entries) * layout.record_bytes
+
+
+def require_checksums(
+    records: Sequence[NDArray[np.uint8]], layouts: Sequence[ShardLayout], checksums: NDArray[np.int64]
+) -> None:
+    """Raise ValueError where a sample's records `[blocks, record_bytes]`, one array a part, are not the bytes that were
+    written for this sample."""
+    for blk, expected in enumerate(checksums.tolist()):
+        found = 0
+        for part, layout in zip(records, layouts, strict=True):
+            found = crc32c(part[blk, : layout.chunk_bytes], found)
+        if found != expected:
             raise ValueError(f"token block {blk} fails its checksum")
-        chunk = record.view(layout.dtype).reshape(layout.chunk_shape)
-        out[:, :, :, blk * layout.block : (blk + 1) * layout.block] = chunk[:, :, 0]
 
 
 def _le32(value: int) -> NDArray[np.uint8]:

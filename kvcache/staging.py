@@ -1,55 +1,96 @@
 """Copy captured KV out of the model's memory, straight into the bytes of a shard's chunks.
 
-The one copy that has to be made is also the change of layout: what comes out is written as it is, once every
-chunk has its checksum in the room left behind it (see `shard`).
+Kept raw, the one copy that has to be made is also the change of layout: what comes out is written as it is, once
+every chunk has its checksum in the room left behind it (see `shard`). A codec encodes on the device that holds the KV,
+so that only the small form crosses the bus.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 
 import torch
-from jaxtyping import Bool, Int, Shaped
+from jaxtyping import Bool, Int, Shaped, UInt8
 from torch import Tensor
 
+from .codec import Codec
 from .shard import ShardLayout
 
 Pairs = list[tuple[Tensor, Tensor]]
 """Key and value `[B, H, T, D]` of every layer."""
 
+Records = list[UInt8[Tensor, "B blocks _"]]
+"""For every part of a store, a batch's token blocks: a chunk each with room for its checksum."""
+
 
 class Staging:
-    """A buffer in page-locked or plain memory, reused from batch to batch: fresh pages cost more than the copy."""
+    """Buffers in page-locked or plain memory, reused from batch to batch: fresh pages cost more than the copy."""
 
     def __init__(self) -> None:
-        self._buffer = torch.empty(0)
+        self._buffers: dict[str, Tensor] = {}
 
     def fill(
-        self, pairs: Pairs, layout: ShardLayout, lengths: Int[Tensor, " B"]
-    ) -> tuple[Shaped[Tensor, "B blocks items"], Bool[Tensor, " B"]]:
-        """The records of a batch: for every sample its token blocks, a chunk each with room for the checksum; and
-        which samples are finite, all through their `lengths` tokens.
+        self, pairs: Pairs, codec: Codec, layouts: Mapping[str, ShardLayout], lengths: Int[Tensor, " B"]
+    ) -> tuple[Records, Bool[Tensor, " B"]]:
+        """The records of a batch, and which samples are finite, all through their `lengths` tokens and in their scales.
 
-        From a GPU the copies go on after the return, on the current stream. The records lie in this buffer, so they
-        are valid until the next `fill`.
+        Past a sample's end its last token is repeated, so that it changes no scale; raw KV is zero there. From a GPU
+        the copies go on after the return, on the current stream. The records are valid until the next `fill`.
         """
         first = pairs[0][0]
-        batch, _, tokens, _ = first.shape
-        shape = (batch, layout.blocks_of(tokens), layout.record_bytes // first.itemsize)
-        records = self._memory(math.prod(shape), first).view(shape)
+        blocks = layouts["kv"].blocks_of(first.shape[2])
+        records = [
+            self._memory(name, (len(first), blocks, layout.record_bytes), torch.uint8, pinned=first.is_cuda)
+            for name, layout in layouts.items()
+        ]
+        # Laid out on the GPU, so that what crosses the bus is one contiguous copy a part.
+        targets = [torch.empty_like(part, device=first.device) for part in records] if first.is_cuda else records
+        rooms = [part[..., : layout.chunk_bytes] for part, layout in zip(targets, layouts.values(), strict=True)]
+        finite = _finite(pairs, lengths)
+        if codec.lossy:
+            finite &= self._encode(pairs, codec, rooms, layouts["kv"].block, lengths.tolist())
+        else:
+            chunks = rooms[0].view(first.dtype).unflatten(-1, _chunk_shape(pairs, layouts["kv"].block))
+            _lay_out(pairs, chunks)
+            for chunk, past_end in _last_tokens(chunks, lengths.tolist()):
+                chunk[..., past_end:, :] = 0
         if not first.is_cuda:
-            _lay_out(pairs, records, layout)
-            return records, _finite(pairs, lengths)
-        # Laid out on the GPU, so that what crosses the bus is one contiguous copy.
-        laid_out = torch.empty(shape, dtype=first.dtype, device=first.device)
-        _lay_out(pairs, laid_out, layout)
-        records.copy_(laid_out, non_blocking=True)
-        return records, _finite(pairs, lengths).to("cpu", non_blocking=True)
+            return records, finite
+        for part, target in zip(records, targets, strict=True):
+            part.copy_(target, non_blocking=True)
+        return records, finite.to("cpu", non_blocking=True)
 
-    def _memory(self, items: int, like: Tensor) -> Tensor:
-        if len(self._buffer) < items or self._buffer.dtype != like.dtype:
-            self._buffer = torch.empty(items, dtype=like.dtype, pin_memory=like.is_cuda)
-        return self._buffer[:items]
+    def _encode(
+        self, pairs: Pairs, codec: Codec, rooms: Sequence[Tensor], block: int, lengths: list[int]
+    ) -> Bool[Tensor, " B"]:
+        first, shape = pairs[0][0], _chunk_shape(pairs, block)
+        chunks = self._memory("laid out", (*rooms[0].shape[:2], *shape), first.dtype, device=first.device)
+        # Blocks that a shorter sample of the batch does not reach are encoded too, and written nowhere.
+        _lay_out(pairs, chunks)
+        for chunk, past_end in _last_tokens(chunks, lengths):
+            chunk[..., past_end:, :] = chunk[..., past_end - 1 : past_end, :]
+        encoded = [part.unflatten(0, chunks.shape[:2]) for part in codec.encode(chunks.flatten(0, 1))]
+        for room, part in zip(rooms, encoded, strict=True):
+            room.copy_(part.flatten(2).contiguous().view(torch.uint8))
+        blocks = torch.arange(chunks.shape[1]) * block < torch.tensor(lengths)[:, None]
+        return (encoded[1].isfinite().all(2) | ~blocks.to(first.device)).all(1)
+
+    def _memory(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        *,
+        device: torch.device | None = None,
+        pinned: bool = False,
+    ) -> Tensor:
+        size, buffer = math.prod(shape), self._buffers.get(name)
+        if buffer is None or len(buffer) < size or buffer.dtype != dtype or buffer.is_pinned() != pinned:
+            # Zeros: what a first batch leaves of its blocks is numbers, too.
+            buffer = torch.zeros(size, dtype=dtype, device=device, pin_memory=pinned)
+            self._buffers[name] = buffer
+        return buffer[:size].view(shape)
 
 
 def _finite(pairs: Pairs, lengths: Int[Tensor, " B"]) -> Bool[Tensor, " B"]:
@@ -59,9 +100,20 @@ def _finite(pairs: Pairs, lengths: Int[Tensor, " B"]) -> Bool[Tensor, " B"]:
     return (sums.isfinite() | ~real).all(2).all(0)
 
 
-def _lay_out(pairs: Pairs, records: Tensor, layout: ShardLayout) -> None:
-    num_layers, _, _, *head_shape = layout.chunk_shape
-    chunks = records[..., : math.prod(layout.chunk_shape)].unflatten(-1, (num_layers, 2, *head_shape))
+def _chunk_shape(pairs: Pairs, block: int) -> tuple[int, int, int, int, int]:
+    _, heads, _, head_dim = pairs[0][0].shape
+    return (len(pairs), 2, heads, block, head_dim)
+
+
+def _last_tokens(
+    chunks: Shaped[Tensor, "B blocks L 2 H block D"], lengths: list[int]
+) -> list[tuple[Shaped[Tensor, "L 2 H block D"], int]]:
+    """The last block of every sample that does not fill it, and the place in it after the sample's end."""
+    ends = [divmod(length, chunks.shape[5]) for length in lengths]
+    return [(chunks[row, blk], past_end) for row, (blk, past_end) in enumerate(ends) if past_end]
+
+
+def _lay_out(pairs: Pairs, chunks: Shaped[Tensor, "B blocks L 2 H block D"]) -> None:
     for layer, pair in enumerate(pairs):
         for kind, tensor in enumerate(pair):
             _cut_into_blocks(tensor, chunks[:, :, layer, kind])

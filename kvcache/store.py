@@ -9,16 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import zarr
 from numpy.typing import NDArray
 
-from .errors import StoreError
+from .codec import Part, require_codec
+from .errors import KVPipeError, StoreError
 from .integrity import is_metadata, require_metadata, require_seal, seal
-from .layout import DIMENSION_NAMES, LOGICAL_DTYPES, STORAGE_DTYPES, KVGeometry, dtype_name
+from .layout import DIMENSION_NAMES, LOGICAL_DTYPES, KVGeometry, dtype_name
 from .ledger import Ledger
 from .manifest import Manifest, require_schema
-from .shard import ShardLayout
 from .side_arrays import open_array, read_array
 
 ATTRIBUTE = "kvpipe"
@@ -41,14 +40,23 @@ class KVStore:
         self.truncated: int = attributes["truncated_samples"]
         self.split_names: tuple[str, ...] = tuple(map(str, attributes["split_names"]))
         self._tokenizer_names: list[str] = list(map(str, attributes["tokenizer_files"]))
+        self.codec = require_codec(self.manifest.codec)
         kv = open_array(group, "kv")
-        self.shape = kv.shape
-        self.num_samples = self.shape[2]
         self.dtype = LOGICAL_DTYPES[str(kv.attrs["logical_dtype"])]
-        self.layout = _layout(kv, self.dtype)
-        self.geometry = KVGeometry(self.shape[0], self.shape[3], self.shape[5], self.dtype)
-        if len(self.manifest.layers) != self.shape[0]:
-            raise ValueError(f"kv has {self.shape[0]} layers, the manifest {len(self.manifest.layers)}")
+        num_layers, _, self.num_samples, num_kv_heads, max_length, packed = kv.shape
+        block, samples = kv.chunks[4], (kv.shards or kv.chunks)[2]
+        if min(block, samples, *kv.shape) < 1 or max_length % block:
+            raise ValueError(f"kv of {kv.shape} cannot be cut into {samples} samples of {block} tokens")
+        self.geometry = KVGeometry(num_layers, num_kv_heads, self.codec.head_dim(packed), self.dtype)
+        self.shape = (*kv.shape[:5], self.geometry.head_dim)
+        self.parts = self.codec.parts(self.geometry, block)
+        blocks = max_length // block
+        for name, part in self.parts.items():
+            _require_part(open_array(group, name), part, self.num_samples, samples, blocks)
+        self.layouts = {name: part.layout(block, samples, blocks) for name, part in self.parts.items()}
+        self.layout = self.layouts["kv"]
+        if len(self.manifest.layers) != num_layers:
+            raise ValueError(f"kv has {num_layers} layers, the manifest {len(self.manifest.layers)}")
 
     # ------------------------------------------------------------------ opening
 
@@ -66,7 +74,7 @@ class KVStore:
         try:
             # Consolidated metadata would stand in for the checked files.
             return cls(path, zarr.open_group(path, mode="r", zarr_format=3, use_consolidated=False))
-        except StoreError:
+        except KVPipeError:
             raise
         except Exception as error:
             raise StoreError(
@@ -98,7 +106,7 @@ class KVStore:
 
     @property
     def side_arrays(self) -> list[str]:
-        """Names of all arrays but the KV and its ledger."""
+        """Names of all arrays but those of the KV and its ledger."""
         return [name for name in self._checksums if not is_metadata(name)]
 
     def read_side_array(self, name: str, shape: tuple[int, ...] | None = None) -> NDArray[Any]:
@@ -183,6 +191,7 @@ class KVStore:
             "truncated_samples": self.truncated,
             "excluded_samples": len(self.excluded),
             "dtype": dtype_name(self.dtype),
+            "lossy": self.codec.lossy,
             "bytes_on_disk": size,
             "bytes_per_token": size / tokens,
             "bytes_per_token_of_kv": self.geometry.bytes_per_token,
@@ -198,7 +207,12 @@ class KVStore:
         return -(-self.num_samples // self.layout.samples)
 
     def shard_path(self, shard: int) -> Path:
-        return self.path / "kv" / "c" / "0" / "0" / str(shard) / "0" / "0" / "0"
+        """The file of a shard in the array `kv`."""
+        return self.shard_paths(shard)[0]
+
+    def shard_paths(self, shard: int) -> list[Path]:
+        """The files of a shard, one a part."""
+        return [part.shard_path(self.path / name, shard) for name, part in self.parts.items()]
 
     def shard_samples(self, shard: int) -> range:
         """Positions of the samples in a shard."""
@@ -212,7 +226,10 @@ class KVStore:
     def finished_shards(self) -> set[int]:
         """Shards that are whole, by the ledger."""
         shards = range(self.num_shards)
-        return {shard for shard in shards if self.shard_path(shard).is_file() and self.ledger.holds(shard)}
+        return {shard for shard in shards if self._is_there(shard) and self.ledger.holds(shard)}
+
+    def _is_there(self, shard: int) -> bool:
+        return all(path.is_file() for path in self.shard_paths(shard))
 
     @property
     def complete(self) -> bool:
@@ -230,28 +247,12 @@ class KVStore:
             )
 
 
-def _layout(kv: zarr.Array[Any], dtype: torch.dtype) -> ShardLayout:
-    """How the KV lies in its shards. Raises ValueError for an array that is not cut as `create_store` cuts it."""
-    num_layers, kinds, _, num_kv_heads, max_length, head_dim = kv.shape
-    if not kv.shards or kinds != 2 or kv.dtype != STORAGE_DTYPES[dtype]:
-        raise ValueError(f"kv is no sharded array of {dtype_name(dtype)} keys and values")
-    block, samples = kv.chunks[4], kv.shards[2]
-    if min(block, samples, *kv.shape) < 1 or max_length % block:
-        raise ValueError(f"kv of {kv.shape} cannot be cut into {samples} samples of {block} tokens")
-    sides = (num_layers, 2, num_kv_heads, head_dim)
-    if kv.chunks != (*sides[:2], 1, sides[2], block, sides[3]):
-        raise ValueError(f"chunks of {kv.chunks} are not one sample's")
-    if kv.shards != (*sides[:2], samples, sides[2], max_length, sides[3]):
-        raise ValueError(f"shards of {kv.shards} do not hold whole samples")
-    return ShardLayout(
-        num_layers=num_layers,
-        num_kv_heads=num_kv_heads,
-        head_dim=head_dim,
-        block=block,
-        samples=samples,
-        blocks=max_length // block,
-        dtype=np.dtype(kv.dtype).newbyteorder("<"),
-    )
+def _require_part(array: zarr.Array[Any], part: Part, num_samples: int, samples: int, blocks: int) -> None:
+    """Raise ValueError for an array that is not cut as `create_store` cuts it."""
+    expected = (part.grid(num_samples, blocks), part.grid(samples, blocks), part.chunk, part.dtype)
+    found = (array.shape, array.shards, array.chunks, array.dtype)
+    if found != expected:
+        raise ValueError(f"{array.name} has shape, shards, chunks and dtype {found} instead of {expected}")
 
 
 def _is_record(record: Any) -> bool:

@@ -18,7 +18,7 @@ from .errors import ModelError
 from .files import partial_path
 from .layout import KVGeometry
 from .shard import ShardFile
-from .staging import Pairs, Staging
+from .staging import Pairs, Records, Staging
 from .store import KVStore
 
 OnNonfinite = Literal["exclude", "stop"]
@@ -99,7 +99,8 @@ class ShardWriter:
             file.discard()
         for shard in self._pending:
             # One that a signal met between its creation and its registration.
-            partial_path(self._store.shard_path(shard)).unlink(missing_ok=True)
+            for path in self._store.shard_paths(shard):
+                partial_path(path).unlink(missing_ok=True)
 
     @torch.no_grad()
     def put(self, indices: Sequence[int], pairs: Pairs) -> None:
@@ -119,7 +120,7 @@ class ShardWriter:
             job = partial(self._write, list(indices), *self._copy_beside(pairs, lengths, staging))
             self._jobs.put(_Job(job, staging))
             return
-        records, finite = staging.fill(pairs, self._store.layout, lengths)
+        records, finite = staging.fill(pairs, self._store.codec, self._store.layouts, lengths)
         start = time.perf_counter()
         self._add(indices, records, finite, lambda shard: self._jobs.put(_Job(partial(self._finish, shard))))
         self.wait_seconds += time.perf_counter() - start
@@ -136,7 +137,7 @@ class ShardWriter:
                 f"tokens, found {found} for {batch} samples of {num_tokens}"
             )
 
-    def _copy_beside(self, pairs: Pairs, lengths: Tensor, staging: Staging) -> tuple[Tensor, Tensor, torch.cuda.Event]:
+    def _copy_beside(self, pairs: Pairs, lengths: Tensor, staging: Staging) -> tuple[Records, Tensor, torch.cuda.Event]:
         """What `staging.fill` returns, and the event after which it holds: a side stream copies while the teacher
         computes on."""
         device = pairs[0][0].device
@@ -145,7 +146,7 @@ class ShardWriter:
         with torch.cuda.stream(self._stream):
             for tensor in (tensor for pair in pairs for tensor in pair):
                 tensor.record_stream(self._stream)
-            records, finite = staging.fill(pairs, self._store.layout, lengths)
+            records, finite = staging.fill(pairs, self._store.codec, self._store.layouts, lengths)
             copied = torch.cuda.Event()
             copied.record(self._stream)
         return records, finite, copied
@@ -166,20 +167,21 @@ class ShardWriter:
             if job.staging is not None:
                 self._free.put(job.staging)
 
-    def _write(self, indices: list[int], records: Tensor, finite: Tensor, copied: torch.cuda.Event) -> None:
+    def _write(self, indices: list[int], records: Records, finite: Tensor, copied: torch.cuda.Event) -> None:
         copied.synchronize()
         self._add(indices, records, finite, self._finish)
 
-    def _add(self, indices: Sequence[int], records: Tensor, finite: Tensor, finish: Callable[[int], None]) -> None:
+    def _add(self, indices: Sequence[int], records: Records, finite: Tensor, finish: Callable[[int], None]) -> None:
         """Write samples to their places; `finish` is called for a shard that has them all."""
-        layout, data = self._store.layout, records.view(torch.uint8).numpy()
+        layout, data = self._store.layout, [part.numpy() for part in records]
         for row, index in enumerate(indices):
             shard, position = divmod(index, layout.samples)
             if shard not in self._pending:
                 continue
             file = self._file(shard)
             if finite[row]:
-                file.add(position, data[row, : layout.blocks_of(file.lengths[position])])
+                blocks = layout.blocks_of(file.lengths[position])
+                file.add(position, [part[row, :blocks] for part in data])
             else:
                 self._exclude(index)
                 file.exclude(position)
@@ -201,7 +203,8 @@ class ShardWriter:
         if shard not in self._files:
             samples = self._store.shard_samples(shard)
             lengths = self._store.length[samples.start : samples.stop]
-            self._files[shard] = ShardFile(self._store.shard_path(shard), self._store.layout, lengths)
+            layouts = list(self._store.layouts.values())
+            self._files[shard] = ShardFile(self._store.shard_paths(shard), layouts, lengths)
         return self._files[shard]
 
     def _finish(self, shard: int) -> None:

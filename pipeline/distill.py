@@ -91,7 +91,13 @@ def distill(
         _save(parts, run)
         record = {
             "name": run_dir.name,
-            "store": {"path": str(store_path), "manifest": store.manifest.hash},
+            "store": {
+                "path": str(store_path),
+                "manifest": store.manifest.hash,
+                "codec": store.codec.name,
+                "lossy": store.codec.lossy,
+                "layers": list(store.manifest.layers),
+            },
             "resumed_from": resumed_from,
             "metrics": metrics,
             **description(parts.distiller, trainer, config, resolved),

@@ -17,7 +17,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..data.corpus import BUILTIN_DATASET, Corpus, load_corpus
 from ..data.sample import Segment
 from ..data.tokenize import TokenizedSample, tokenize
-from ..kvcache.create import TOKEN_BLOCK, SampleTable, create_store, padded_bytes
+from ..kvcache.align.layer_map import select_layers
+from ..kvcache.codec import require_codec
+from ..kvcache.create import TOKEN_BLOCK, SampleTable, create_store, stored_bytes
 from ..kvcache.errors import ConfigError, ModelError, StoreError
 from ..kvcache.files import PARTIAL
 from ..kvcache.layout import KVGeometry, dtype_name
@@ -64,6 +66,8 @@ class ExtractConfig:
     trust_remote_code: bool = False
     seed: int = 0
     on_nonfinite: OnNonfinite = "exclude"
+    codec: str = "raw"
+    layers: str = "all"
 
 
 def default_store(model: str) -> Path:
@@ -80,6 +84,7 @@ def extract(config: ExtractConfig, progress: Progress | None = None) -> ExtractR
     if config.batch_size is not None and config.batch_size < 1:
         raise ConfigError("no such batch", expected="at least 1", found=config.batch_size, remedy="Mend --batch-size")
     device, dtype = resolve_device(config.device), resolve_dtype(config.dtype)
+    require_codec(config.codec)
     corpus = load_corpus(config.dataset, config.samples, config.eval_samples, config.seed)
     _require_folder(config.store)
     with joined_ranks() as ranks, only_writer(config.store) if ranks.is_main else nullcontext():
@@ -156,8 +161,8 @@ def _manifest(
         tokenizer_hash=hash_tokenizer(tokenizer),
         dataset=DatasetIdentity(corpus.name, len(samples), hash_samples(samples)),
         dtype=dtype_name(teacher.dtype),
-        codec="raw",
-        layers=tuple(range(teacher.config.get_text_config(decoder=True).num_hidden_layers)),
+        codec=config.codec,
+        layers=select_layers(config.layers, teacher.config.get_text_config(decoder=True).num_hidden_layers),
         eviction="none",
         key_position="post-rope" if rope else "none",
         rope=rope,
@@ -188,9 +193,9 @@ def _open_or_create(
         for orphan in config.store.glob(f"zarr.*{PARTIAL}"):
             orphan.unlink()
         return store
-    geometry = _probe(teacher, tokens[0])
+    geometry = _probe(teacher, tokens[0], len(manifest.layers))
     table = _sample_table(corpus, tokens)
-    num_bytes = padded_bytes(table.length, geometry)
+    num_bytes = stored_bytes(table.length, geometry, manifest.codec)
     _require_space(config.store, num_bytes)
     return create_store(
         config.store,
@@ -204,12 +209,12 @@ def _open_or_create(
 
 
 @torch.inference_mode()
-def _probe(teacher: PreTrainedModel, sample: TokenizedSample) -> KVGeometry:
+def _probe(teacher: PreTrainedModel, sample: TokenizedSample, num_layers: int) -> KVGeometry:
     """Heads, channels and dtype of the KV as they are, not as the config says: head_dim is often its own."""
     ids = torch.from_numpy(sample.input_ids[:2].astype(np.int64))[None].to(teacher.device)
     pairs = capture_kv(teacher, ids, torch.ones_like(ids))
     _, num_kv_heads, _, head_dim = pairs[0][0].shape
-    return KVGeometry(len(pairs), num_kv_heads, head_dim, pairs[0][0].dtype)
+    return KVGeometry(num_layers, num_kv_heads, head_dim, pairs[0][0].dtype)
 
 
 def _require_folder(path: Path) -> Path:

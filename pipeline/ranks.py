@@ -28,13 +28,13 @@ class Ranks:
     def is_main(self) -> bool:
         return self.index == 0
 
-    def totals(self, *values: float) -> list[float]:
+    def totals(self, *values: float | int) -> list[float]:
         """The sums over all ranks, which wait for each other here.
 
         Raises KVPipeError where another rank has ended before.
         """
         if self.count == 1:
-            return list(values)
+            return [float(value) for value in values]
         sums = torch.tensor(values, dtype=torch.float64)
         try:
             dist.all_reduce(sums)

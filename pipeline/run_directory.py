@@ -96,7 +96,7 @@ def _parse(path: Path) -> dict[str, Any] | None:
     """A JSON object; None where the file holds no such thing."""
     try:
         document = json.loads(path.read_bytes())
-    except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError):
+    except (FileNotFoundError, ValueError, RecursionError):
         return None
     return document if isinstance(document, dict) else None
 

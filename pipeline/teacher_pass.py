@@ -100,7 +100,8 @@ def run_teacher(
                 width = int(length.max())
                 ids = torch.from_numpy(store.input_ids[batch, :width].astype(np.int64)).to(teacher.device)
                 mask = (torch.arange(width)[None] < length[:, None]).long().to(teacher.device)
-                writer.put(batch, capture_kv(teacher, ids, mask))
+                pairs = capture_kv(teacher, ids, mask)
+                writer.put(batch, [pairs[layer] for layer in store.manifest.layers])
                 tokens += int(length.sum())
                 seconds = time.perf_counter() - start
                 progress.update(task, completed=tokens, status=_status(writer, tokens, seconds))

@@ -33,6 +33,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 install_import_hook("kvpipe", "beartype.beartype")
 
 # Only now: the hook sees the modules that are imported after it.
+from kvpipe.kvcache.codec import require_codec  # noqa: E402
 from kvpipe.kvcache.create import TOKEN_BLOCK, SampleTable, create_store  # noqa: E402
 from kvpipe.kvcache.layout import KVGeometry  # noqa: E402
 from kvpipe.kvcache.manifest import DatasetIdentity, Manifest, TeacherIdentity  # noqa: E402
@@ -147,15 +148,18 @@ def make_store(
         head_dim: int = 4,
         records: Sequence[dict[str, Any]] | None = None,
         tokenizer_files: dict[str, bytes] | None = None,
+        codec: str = "raw",
         fill: bool = True,
     ) -> tuple[KVStore, Tensor]:
         geometry = KVGeometry(num_layers, num_kv_heads, head_dim, dtype)
         blocks = sum(-(-length // TOKEN_BLOCK) for length in lengths)
-        mean_bytes = blocks * TOKEN_BLOCK * geometry.bytes_per_token / len(lengths)
+        parts = require_codec(codec).parts(geometry, TOKEN_BLOCK).values()
+        mean_bytes = blocks * sum(part.layout(TOKEN_BLOCK, 1, 1).chunk_bytes for part in parts) / len(lengths)
         store = create_store(
             tmp_path_factory.mktemp("store") / "tiny.zarr",
             make_manifest(
                 dtype=str(dtype).removeprefix("torch."),
+                codec=codec,
                 layers=tuple(range(num_layers)),
                 dataset=DatasetIdentity("numbers", len(lengths), "beaded"),
             ),

@@ -1,6 +1,10 @@
-"""Which teacher layer a student layer learns from."""
+"""Which teacher layer a student layer learns from, and which of them are worth keeping."""
 
 from __future__ import annotations
+
+import re
+
+from ..errors import ConfigError
 
 
 def ratio_map(num_student_layers: int, num_teacher_layers: int) -> tuple[int, ...]:
@@ -8,3 +12,34 @@ def ratio_map(num_student_layers: int, num_teacher_layers: int) -> tuple[int, ..
     return tuple(
         max(0, round((layer + 1) * num_teacher_layers / num_student_layers) - 1) for layer in range(num_student_layers)
     )
+
+
+def select_layers(text: str, num_layers: int) -> tuple[int, ...]:
+    """The teacher layers that `--layers` names: `all`; numbers and ranges from 0, as in `1,3,8-11`; or `ratio:N`, those
+    that `ratio_map` gives a student of N layers.
+
+    Raises ConfigError for layers that are not there, and for anything else.
+    """
+    if text == "all":
+        return tuple(range(num_layers))
+    if ratio := re.fullmatch(r"ratio:(\d+)", text):
+        wanted = int(ratio[1])
+        return tuple(sorted(set(ratio_map(_within(wanted, 1, num_layers, text), num_layers))))
+    found: set[int] = set()
+    for item in text.split(","):
+        match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", item)
+        if match is None:
+            raise _refuse("all, ratio:N, or numbers and ranges such as 1,3,8-11", text)
+        first, last = int(match[1]), int(match[2] or match[1])
+        found |= set(range(_within(first, 0, num_layers - 1, text), _within(last, first, num_layers - 1, text) + 1))
+    return tuple(sorted(found))
+
+
+def _within(number: int, least: int, most: int, text: str) -> int:
+    if not least <= number <= most:
+        raise _refuse(f"numbers from {least} to {most}", text)
+    return number
+
+
+def _refuse(expected: str, found: str) -> ConfigError:
+    return ConfigError("no such layers", expected=expected, found=found, remedy="Mend --layers")

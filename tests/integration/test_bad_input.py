@@ -71,6 +71,9 @@ EXTRACT_CASES = {
     "dtype": _extract("--dtype", "float17", says=("expected auto, float32", "found float17", "--dtype")),
     "device": _extract("--device", "quantum", says=("expected auto, cpu, cuda", "found quantum", "--device")),
     "other device": _extract("--device", "meta", says=("expected cpu or cuda, found meta", "--device")),
+    "codec": _extract("--codec", "zip", says=("unknown codec: expected raw, fp8, int8", "found zip", "--codec")),
+    "layer 9": _extract("--layers", "1,9", says=("expected numbers from 0 to", "found 1,9", "--layers")),
+    "layers": _extract("--layers", "top", says=("expected all, ratio:N, or numbers", "found top", "--layers")),
     "batch size 0": _extract("--batch-size", 0, says=("expected auto, or at least 1, found 0", "--batch-size")),
     "batch size word": _extract("--batch-size", "x", says=("expected auto, or at least 1, found x", "--batch-size")),
     "shard size": _extract("--max-shard-size", "big", says=("expected e.g. 64MB", "found big", "--max-shard-size")),
@@ -97,6 +100,8 @@ EXTRACT_CASES = {
     "other teacher": _extract(model="other", place=STORED, says=("name differs", "expected other, found teacher")),
     "other weights": _extract(model="twin/teacher", place=STORED, says=("teacher.weights_hash differs",)),
     "other dtype": _extract("--dtype", "float32", place=STORED, says=("dtype differs", "expected float32")),
+    "other codec": _extract("--codec", "int8", place=STORED, says=("codec differs", "expected int8, found raw")),
+    "other layers": _extract("--layers", "0", place=STORED, says=("layers differs", "expected [0], found")),
     "other limit": _extract("--max-tokens", 64, place=STORED, says=("max_tokens differs", "expected 64, found 1024")),
 }
 DISTILL_CASES = {

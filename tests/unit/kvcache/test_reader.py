@@ -6,8 +6,10 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+import zarr
 from hypothesis import given
 from hypothesis import strategies as st
 from kvpipe.kvcache import reader as reader_module
@@ -57,6 +59,34 @@ def test_every_dtype(make_store: MakeStore, dtype: torch.dtype) -> None:
     assert torch.equal(found, kv[:, :, [2, 0, 1], :, :40])
 
 
+@pytest.mark.parametrize(("codec", "error"), [("fp8", 0.03), ("int8", 0.01), ("int4", 0.1), ("int2", 0.5)])
+def test_every_lossy_codec(make_store: MakeStore, codec: str, error: float) -> None:
+    """Near what was written, the same whatever is read with it, and zero past a sample's end."""
+    store, kv = make_store(LENGTHS, samples_per_shard=3, codec=codec, head_dim=8, dtype=torch.float32)
+    reader = KVReader(KVStore.open(store.path))
+    found = reader.read(range(len(LENGTHS)), 96)
+    assert found.shape == kv.shape
+    assert (found - kv).norm() < error * kv.norm()
+    for sample, length in enumerate(LENGTHS):
+        assert not found[:, :, sample, :, length:].any()
+    assert torch.equal(reader.read([4, 0, 10], 40), found[:, :, [4, 0, 10], :, :40])
+
+
+def test_a_plain_zarr_user_can_decode_integers(make_store: MakeStore) -> None:
+    """As docs/storage.md says."""
+    store, _ = make_store(LENGTHS, codec="int4", head_dim=8)
+    group, (sample, blk) = zarr.open_group(store.path, mode="r"), (4, 1)
+    packed = np.asarray(group["kv"][:, :, sample, :, 32 * blk : 32 * blk + 32])
+    codes = np.stack([packed & 15, packed >> 4], axis=-1).reshape(2, 2, 2, 32, 8).astype(np.float32)
+    scales = np.asarray(group["kv_scale"][sample, blk], np.float32)
+    by_channel, by_token = 2 * 2 * 8, 2 * 2 * 32
+    key_span, key_least, value_span, value_least = np.split(scales, np.cumsum([by_channel, by_channel, by_token]))
+    key = codes[:, 0] / 15 * key_span.reshape(2, 2, 1, 8) + key_least.reshape(2, 2, 1, 8)
+    value = codes[:, 1] / 15 * value_span.reshape(2, 2, 32, 1) + value_least.reshape(2, 2, 32, 1)
+    expected = KVReader(store).read([sample])[:, :, 0, :, 32:64].float()
+    assert np.allclose(np.stack([key, value], axis=1), expected.numpy(), rtol=2**-7, atol=1e-5)
+
+
 def test_what_was_read_stays_as_it_is(source: tuple[KVStore, Tensor]) -> None:
     """The reader reuses its buffers; what it hands out is the caller's."""
     store, kv = source
@@ -67,7 +97,7 @@ def test_what_was_read_stays_as_it_is(source: tuple[KVStore, Tensor]) -> None:
 
 
 def test_open_files_are_bounded_and_closed(source: tuple[KVStore, Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reader_module, "OPEN_SHARDS", 2)
+    monkeypatch.setattr(reader_module, "OPEN_FILES", 2)
     store, kv = source
     before = open_files()
     reader = KVReader(store)

@@ -24,7 +24,8 @@ from kvpipe.kvcache.shard import (
     ShardLayout,
     crc32c,
     read_index,
-    read_sample,
+    require_checksums,
+    sample_range,
 )
 from kvpipe.kvcache.store import KVStore
 from numpy.typing import NDArray
@@ -34,30 +35,32 @@ BLOCK = 4
 
 
 def small_layout(samples: int = 3, dtype: np.dtype[Any] = DTYPES[2]) -> ShardLayout:
-    return ShardLayout(num_layers=1, num_kv_heads=1, head_dim=2, block=BLOCK, samples=samples, blocks=2, dtype=dtype)
+    return ShardLayout((1, 2, 1, 1, BLOCK, 2), dtype, BLOCK, samples, blocks=2)
 
 
 def random_sample(layout: ShardLayout, length: int, seed: int) -> NDArray[Any]:
     """Random bits `[L, 2, H, T, D]`, NaNs among them; no chunk is all zeros."""
-    shape = (layout.num_layers, 2, layout.num_kv_heads, length, layout.head_dim * layout.dtype.itemsize)
+    num_layers, kinds, _, heads, _, head_dim = layout.chunk_shape
+    shape = (num_layers, kinds, heads, length, head_dim * layout.dtype.itemsize)
     return np.random.default_rng(seed).integers(1, 256, shape, dtype=np.uint8).view(layout.dtype)
 
 
-def records(layout: ShardLayout, sample: NDArray[Any]) -> NDArray[np.uint8]:
-    """A sample as it is staged: its chunks, with rubbish past its end and where the checksums belong."""
+def records(layout: ShardLayout, sample: NDArray[Any]) -> list[NDArray[np.uint8]]:
+    """A sample as it is staged: its chunks, zero past its end, with rubbish where the checksums belong."""
     out = np.full((layout.blocks_of(sample.shape[3]), layout.record_bytes), 0xAA, np.uint8)
     for blk, record in enumerate(out):
         part = sample[:, :, :, blk * layout.block : (blk + 1) * layout.block]
         chunk = record[: layout.chunk_bytes].view(layout.dtype).reshape(layout.chunk_shape)
+        chunk[:] = 0
         chunk[:, :, 0, :, : part.shape[3]] = part
-    return out
+    return [out]
 
 
-def build(layout: ShardLayout, lengths: list[int]) -> tuple[NDArray[np.uint8], NDArray[np.uint32], list[NDArray[Any]]]:
+def build(layout: ShardLayout, lengths: list[int]) -> tuple[NDArray[np.uint8], NDArray[np.int64], list[NDArray[Any]]]:
     samples = [random_sample(layout, length, seed) for seed, length in enumerate(lengths)]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "shard"
-        file = ShardFile(path, layout, np.array(lengths))
+        file = ShardFile([path], [layout], np.array(lengths))
         for row, sample in enumerate(samples):
             file.add(row, records(layout, sample))
         checksums = file.finish()
@@ -65,13 +68,18 @@ def build(layout: ShardLayout, lengths: list[int]) -> tuple[NDArray[np.uint8], N
         return np.fromfile(path, np.uint8), checksums, samples
 
 
-def read(data: NDArray[np.uint8], layout: ShardLayout, checksums: NDArray[np.uint32], row: int, length: int) -> bytes:
+def read(data: NDArray[np.uint8], layout: ShardLayout, checksums: NDArray[np.int64], row: int, length: int) -> bytes:
     """A sample's bytes, read the way KVReader does."""
     blocks = layout.blocks_of(length)
-    shape = (layout.num_layers, 2, layout.num_kv_heads, blocks * layout.block, layout.head_dim)
-    out = np.full(shape, 7, dtype=layout.dtype)
-    read_sample(data, layout, read_index(data, layout)[row, :blocks], checksums[row, :blocks], out)
-    return out.tobytes()
+    if blocks == 0:
+        return b""
+    start, stop = sample_range(read_index(data, layout)[row, :blocks], layout)
+    if stop > len(data):
+        raise ValueError("beyond the file's end")
+    own = data[start:stop].reshape(blocks, layout.record_bytes)
+    require_checksums([own], [layout], checksums[row, :blocks])
+    chunks = own[:, : layout.chunk_bytes].copy().view(layout.dtype).reshape(blocks, *layout.chunk_shape)
+    return np.concatenate([chunk[:, :, 0] for chunk in chunks], axis=3).tobytes()
 
 
 def padded(layout: ShardLayout, sample: NDArray[Any]) -> bytes:
@@ -108,7 +116,7 @@ def test_empty_chunks_take_no_space(lengths: list[int], unused: int) -> None:
 def test_samples_may_come_in_any_order(tmp_path: Path) -> None:
     layout, lengths = small_layout(), [3, 8, 5]
     expected, _, samples = build(layout, lengths)
-    file = ShardFile(tmp_path / "shard", layout, np.array(lengths))
+    file = ShardFile([tmp_path / "shard"], [layout], np.array(lengths))
     for left, row in ((2, 1), (1, 2), (0, 0)):
         file.add(row, records(layout, samples[row]))
         assert file.remaining == left
@@ -119,7 +127,7 @@ def test_samples_may_come_in_any_order(tmp_path: Path) -> None:
 
 def test_a_sample_that_comes_twice_does_not_stand_for_another(tmp_path: Path) -> None:
     layout = small_layout()
-    file = ShardFile(tmp_path / "shard", layout, np.array([4, 4]))
+    file = ShardFile([tmp_path / "shard"], [layout], np.array([4, 4]))
     file.add(0, records(layout, random_sample(layout, 4, 0)))
     file.add(0, records(layout, random_sample(layout, 4, 0)))
     assert file.remaining == 1
@@ -129,9 +137,9 @@ def test_a_sample_that_comes_twice_does_not_stand_for_another(tmp_path: Path) ->
 
 @pytest.mark.parametrize("shape", [(2, 20), (1, 19), (0, 20)])
 def test_records_that_do_not_fit_are_refused(shape: tuple[int, int], tmp_path: Path) -> None:
-    file = ShardFile(tmp_path / "shard", small_layout(), np.array([4]))
+    file = ShardFile([tmp_path / "shard"], [small_layout()], np.array([4]))
     with pytest.raises(ValueError, match=r"do not fit the shard: expected \(1, 36\), found"):
-        file.add(0, np.zeros(shape, np.uint8))
+        file.add(0, [np.zeros(shape, np.uint8)])
     assert file.remaining == 1
     file.discard()
 
@@ -241,7 +249,7 @@ def test_a_swapped_index_is_seen_through_the_ledger() -> None:
     checksum = crc32c(forged[-layout.index_bytes : -CRC_BYTES])
     forged[-CRC_BYTES:] = np.frombuffer(checksum.to_bytes(4, "little"), np.uint8)
     assert np.array_equal(read_index(forged, layout), index)
-    with pytest.raises(ValueError, match="fails its checksum"):
+    with pytest.raises(ValueError, match=r"misplaced|fails its checksum"):
         read(forged, layout, checksums, 0, 4)
 
 
@@ -256,5 +264,5 @@ def test_a_file_cut_anywhere_is_seen() -> None:
 def test_an_empty_chunk_where_a_sample_belongs_is_seen() -> None:
     layout = small_layout()
     data, checksums, _ = build(layout, [3])
-    with pytest.raises(ValueError, match="token block 1 is missing"):
+    with pytest.raises(ValueError, match="token blocks are missing"):
         read(data, layout, checksums, 0, 8)

@@ -1,0 +1,236 @@
+"""How KV is kept on disk: as it is, or in fewer bits with scales beside it.
+
+All codecs but `raw` group keys by channel, over the tokens of a block, and values by token, over the channels of a
+head: keys have channels that stand out, values do not (KIVI, arXiv:2402.02750). Scales are float16.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Shaped, UInt8
+from torch import Tensor
+
+from .errors import ConfigError
+from .layout import DIMENSION_NAMES, STORAGE_DTYPES, KVGeometry
+from .shard import ShardLayout
+
+Chunks = Shaped[Tensor, "N L 2 H block D"]
+"""Token blocks of any samples, one after the other."""
+
+HALF_ULP = 2.0**-11
+"""Of float16, relative: what rounding to it changes at most."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One of the arrays that hold KV: the shape of a chunk, which is one token block of one sample, and its axes."""
+
+    chunk: tuple[int, ...]
+    dtype: np.dtype[Any]
+    axes: tuple[str, ...]
+
+    @property
+    def content_shape(self) -> tuple[int, ...]:
+        """The shape of a chunk without its axes of one sample and one block."""
+        return tuple(size for axis, size in zip(self.axes, self.chunk, strict=True) if axis not in ("sample", "block"))
+
+    def grid(self, samples: int, blocks: int) -> tuple[int, ...]:
+        """The shape of an array of so many samples of so many blocks each."""
+        shape = list(self.chunk)
+        shape[self.axes.index("sample")] = samples
+        shape[self.axes.index("token" if "token" in self.axes else "block")] *= blocks
+        return tuple(shape)
+
+    def layout(self, block: int, samples: int, blocks: int) -> ShardLayout:
+        """Of a shard of so many samples of at most so many blocks of `block` tokens."""
+        return ShardLayout(self.chunk, self.dtype, block, samples, blocks)
+
+    def shard_path(self, array: Path, shard: int) -> Path:
+        """The file of a shard: its place in the grid is 0 along all axes but that of the samples."""
+        return array.joinpath("c", *(str(shard) if axis == "sample" else "0" for axis in self.axes))
+
+
+class Codec(ABC):
+    """KV chunks in the model's dtype <-> the arrays of a store, `kv` first."""
+
+    name: str
+    lossy = True
+
+    @abstractmethod
+    def packed(self, head_dim: int) -> int:
+        """Items that the channels of a head take in `kv`."""
+
+    @abstractmethod
+    def head_dim(self, packed: int) -> int:
+        """The inverse of `packed`."""
+
+    @abstractmethod
+    def parts(self, geometry: KVGeometry, block: int) -> dict[str, Part]:
+        """The arrays, by name, for blocks of so many tokens."""
+
+    @abstractmethod
+    def encode(self, chunks: Chunks) -> list[Tensor]:
+        """One tensor `[N, ...]` for every part. A scale that float16 cannot hold is infinite."""
+
+    @abstractmethod
+    def decode(self, parts: Sequence[Tensor], dtype: torch.dtype) -> Chunks:
+        """What `encode` was given, as near as the codec keeps it."""
+
+    def _kv(self, geometry: KVGeometry, block: int, dtype: Any) -> Part:
+        heads, packed = geometry.num_kv_heads, self.packed(geometry.head_dim)
+        return Part((geometry.num_layers, 2, 1, heads, block, packed), np.dtype(dtype), DIMENSION_NAMES)
+
+
+class Raw(Codec):
+    """The model's own numbers."""
+
+    name = "raw"
+    lossy = False
+
+    def packed(self, head_dim: int) -> int:
+        return head_dim
+
+    def head_dim(self, packed: int) -> int:
+        return packed
+
+    def parts(self, geometry: KVGeometry, block: int) -> dict[str, Part]:
+        return {"kv": self._kv(geometry, block, np.dtype(STORAGE_DTYPES[geometry.dtype]).newbyteorder("<"))}
+
+    def encode(self, chunks: Chunks) -> list[Tensor]:
+        return [chunks]
+
+    def decode(self, parts: Sequence[Tensor], dtype: torch.dtype) -> Chunks:
+        (chunks,) = parts
+        return chunks.view(dtype)
+
+
+class Scaled(Codec):
+    """Codes of `bits` bits, packed along the channels, and `scales` float16 numbers for every group."""
+
+    bits: int
+    scales: int
+
+    def packed(self, head_dim: int) -> int:
+        if head_dim * self.bits % 8:
+            raise ConfigError(
+                f"{self.name} cannot pack this head dimension",
+                expected=f"a multiple of {8 // self.bits}",
+                found=head_dim,
+                remedy="Choose another --codec",
+            )
+        return head_dim * self.bits // 8
+
+    def head_dim(self, packed: int) -> int:
+        return packed * 8 // self.bits
+
+    def parts(self, geometry: KVGeometry, block: int) -> dict[str, Part]:
+        groups = geometry.num_layers * geometry.num_kv_heads * (geometry.head_dim + block)
+        scale = Part((1, 1, self.scales * groups), np.dtype("<f2"), ("sample", "block", "scale"))
+        return {"kv": self._kv(geometry, block, np.uint8), "kv_scale": scale}
+
+    def encode(self, chunks: Chunks) -> list[Tensor]:
+        found = [self._encode(chunks[:, :, kind].float(), dim) for kind, dim in ((0, -2), (1, -1))]
+        codes = torch.stack([self._pack(codes) for codes, _ in found], dim=2)
+        scales = [scale.flatten(1) for _, group in found for scale in group]
+        return [codes, torch.cat(scales, dim=1)]
+
+    def decode(self, parts: Sequence[Tensor], dtype: torch.dtype) -> Chunks:
+        packed, scales = parts
+        count, num_layers, _, heads, block, width = packed.shape
+        head_dim = self.head_dim(width)
+        shapes = {0: (num_layers, heads, 1, head_dim), 1: (num_layers, heads, block, 1)}
+        sizes = [math.prod(shape) for shape in shapes.values() for _ in range(self.scales)]
+        groups = iter(scales.view(count, -1).split(sizes, dim=1))
+        out = torch.empty((count, num_layers, 2, heads, block, head_dim), dtype=dtype, device=packed.device)
+        for kind, shape in shapes.items():
+            own = [next(groups).unflatten(1, shape).float() for _ in range(self.scales)]
+            out[:, :, kind] = self._decode(self._unpack(packed[:, :, kind]), own)
+        return out
+
+    @abstractmethod
+    def _encode(self, numbers: Float[Tensor, ...], dim: int) -> tuple[Tensor, list[Tensor]]:
+        """Codes, one a byte, and the scales of the groups along `dim`."""
+
+    @abstractmethod
+    def _decode(self, codes: Tensor, scales: list[Tensor]) -> Float[Tensor, ...]: ...
+
+    def _pack(self, codes: UInt8[Tensor, "... D"]) -> UInt8[Tensor, "... packed"]:
+        """The first channel in the lowest bits of the first byte."""
+        count = 8 // self.bits
+        grouped = codes.unflatten(-1, (-1, count))
+        packed = grouped[..., 0].clone()
+        for place in range(1, count):
+            packed |= grouped[..., place] << (place * self.bits)
+        return packed
+
+    def _unpack(self, packed: UInt8[Tensor, "... packed"]) -> UInt8[Tensor, "... D"]:
+        count = 8 // self.bits
+        if count == 1:
+            return packed
+        places = [packed >> (place * self.bits) & (2**self.bits - 1) for place in range(count)]
+        return torch.stack(places, dim=-1).flatten(-2)
+
+
+class Integer(Scaled):
+    """Evenly spaced over the span of a group: `code / (2**bits - 1) * span + least`."""
+
+    scales = 2
+
+    def __init__(self, bits: int) -> None:
+        self.name, self.bits = f"int{bits}", bits
+
+    def _encode(self, numbers: Float[Tensor, ...], dim: int) -> tuple[Tensor, list[Tensor]]:
+        low, high = numbers.aminmax(dim=dim, keepdim=True)
+        # Rounded outwards, so that no number of the group lies beyond its codes.
+        least = (low - low.abs() * HALF_ULP).half()
+        span = ((high - least.float()) * (1 + HALF_ULP)).half()
+        # A group whose numbers are all the same has no span.
+        divisor = span.float().clamp_min(torch.finfo(torch.float32).tiny)
+        codes = ((numbers - least.float()) / divisor * self._levels).round_().clamp_(0, self._levels)
+        return codes.to(torch.uint8), [span, least]
+
+    def _decode(self, codes: Tensor, scales: list[Tensor]) -> Float[Tensor, ...]:
+        span, least = scales
+        return torch.addcmul(least, codes.float(), span / self._levels)
+
+    @property
+    def _levels(self) -> int:
+        return int(2**self.bits - 1)
+
+
+class Float8(Scaled):
+    """E4M3 floats of the numbers over their group's greatest magnitude (arXiv:2209.05433)."""
+
+    name = "fp8"
+    bits = 8
+    scales = 1
+    LARGEST = torch.finfo(torch.float8_e4m3fn).max
+
+    def _encode(self, numbers: Float[Tensor, ...], dim: int) -> tuple[Tensor, list[Tensor]]:
+        scale = (numbers.abs().amax(dim=dim, keepdim=True) / self.LARGEST * (1 + HALF_ULP)).half()
+        divisor = scale.float().clamp_min(torch.finfo(torch.float32).tiny)
+        codes = (numbers / divisor).clamp_(-self.LARGEST, self.LARGEST)
+        return codes.to(torch.float8_e4m3fn).view(torch.uint8), [scale]
+
+    def _decode(self, codes: Tensor, scales: list[Tensor]) -> Float[Tensor, ...]:
+        return codes.contiguous().view(torch.float8_e4m3fn).float() * scales[0]
+
+
+CODECS: dict[str, Codec] = {codec.name: codec for codec in (Raw(), Float8(), Integer(8), Integer(4), Integer(2))}
+
+
+def require_codec(name: str) -> Codec:
+    """The codec of a name. Raises ConfigError for one that this version does not know."""
+    if name not in CODECS:
+        raise ConfigError(
+            "unknown codec", expected=", ".join(CODECS), found=name, remedy="Choose another --codec, or a newer kvpipe"
+        )
+    return CODECS[name]
