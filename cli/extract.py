@@ -39,7 +39,9 @@ def extract(
             "layers learns from."
         ),
     ] = "all",
-    max_shard_size: Annotated[str, typer.Option(help="Size of a shard file, e.g. 64MB or 1GB.")] = "64MB",
+    max_shard_size: Annotated[
+        str, typer.Option(help="Raw KV of all layers in a shard, e.g. 64MB or 1GB. A codec makes the file smaller.")
+    ] = "64MB",
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub model.")] = None,
     trust_remote_code: Annotated[bool, typer.Option(help="Let a Hub model run its own code.")] = False,
     seed: Annotated[int, typer.Option(help="Seed of the built-in data set.")] = 0,

@@ -54,7 +54,7 @@ def create_store(
     truncated: int,
     shard_bytes: int,
 ) -> KVStore:
-    """An empty store of about `shard_bytes` a shard. It appears at `path` whole or not at all.
+    """An empty store of about `shard_bytes` of raw KV a shard. It appears at `path` whole or not at all.
 
     Raises ConfigError for a codec that is unknown or cannot hold this geometry.
     """
@@ -94,7 +94,8 @@ def _create_kv(
 ) -> None:
     num_samples, max_length = table.input_ids.shape
     blocks = max_length // TOKEN_BLOCK
-    mean_bytes = stored_bytes(table.length, geometry, manifest.codec) / num_samples
+    # Whatever the codec, a shard holds the same samples: batches then come in the same order, and runs pair.
+    mean_bytes = stored_bytes(table.length, geometry, "raw") / num_samples
     samples = int(min(max(shard_bytes // mean_bytes, 1), num_samples))
     plain = {"serializer": BytesCodec(endian="little"), "compressors": [Crc32cCodec()], "filters": None}
     for name, part in require_codec(manifest.codec).parts(geometry, TOKEN_BLOCK).items():

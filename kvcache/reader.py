@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from .codec import Chunks
 from .errors import StoreError
 from .layout import KV
-from .shard import ShardLayout, read_index, require_checksums, sample_range
+from .shard import ShardLayout, read_index, require_checksums, sample_start
 from .store import KVStore
 
 OPEN_FILES = 128
@@ -45,6 +45,7 @@ class KVReader:
         self._shards: OrderedDict[int, _OpenShard] = OrderedDict()
         # Reused for every batch: fresh pages cost more than the bytes that go into them.
         self._buffers = [np.empty(0, np.uint8) for _ in store.layouts]
+        self._layouts = list(store.layouts.values())
         self._shapes = [part.content_shape for part in store.parts.values()]
         self._open_limit = max(1, OPEN_FILES // len(store.layouts))
         store.require_complete()
@@ -81,7 +82,7 @@ class KVReader:
 
     def _read_chunks(self, indices: Sequence[int], blocks: Sequence[int]) -> Chunks:
         """The first `blocks` token blocks of every sample, one after the other, decoded."""
-        layouts, total = list(self.store.layouts.values()), sum(blocks)
+        layouts, total = self._layouts, sum(blocks)
         for part, layout in enumerate(layouts):
             if len(self._buffers[part]) < total * layout.record_bytes:
                 self._buffers[part] = np.empty(total * layout.record_bytes, np.uint8)
@@ -101,14 +102,13 @@ class KVReader:
 
     def _read_into(self, index: int, records: Sequence[NDArray[np.uint8]]) -> None:
         number, row = divmod(index, self.store.layout.samples)
-        blocks, layouts = len(records[0]), list(self.store.layouts.values())
+        blocks, layouts = len(records[0]), self._layouts
         try:
             shard = self._open(number)
             for descriptor, entries, layout, part in zip(
                 shard.descriptors, shard.indices, layouts, records, strict=True
             ):
-                start, _ = sample_range(entries[row, :blocks], layout)
-                _read_into(descriptor, start, part.reshape(-1))
+                _read_into(descriptor, sample_start(entries[row, :blocks], layout), part.reshape(-1))
             require_checksums(records, layouts, shard.checksums[row, :blocks])
         except (ValueError, OverflowError, FileNotFoundError) as error:
             raise StoreError(
@@ -126,7 +126,7 @@ class KVReader:
             self._shards.popitem(last=False)[1].close()
         shard = _OpenShard([], [], self.store.ledger.checksums(number))
         try:
-            for path, layout in zip(self.store.shard_paths(number), self.store.layouts.values(), strict=True):
+            for path, layout in zip(self.store.shard_paths(number), self._layouts, strict=True):
                 shard.descriptors.append(os.open(path, os.O_RDONLY))
                 shard.indices.append(_index(shard.descriptors[-1], layout))
         except BaseException:

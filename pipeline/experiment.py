@@ -1,4 +1,4 @@
-"""Arms by seeds from one store: every run a process of its own, finished runs never repeated."""
+"""Arms by seeds: every run a process of its own, finished runs never repeated."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class ExperimentRuns:
 
 
 def run_experiment(config: ExperimentConfig, runs_dir: Path, jobs: int | None = None) -> ExperimentRuns:
-    """Extract if the store is not complete, then run what is missing, `jobs` at a time: by default one a core, or
+    """Extract what is not complete, then run what is missing, `jobs` at a time: by default one a core, or
     one on a GPU.
 
     A failed run is reported, not raised: the others go on. Raises ConfigError for `jobs` below one, and
@@ -49,23 +49,23 @@ def run_experiment(config: ExperimentConfig, runs_dir: Path, jobs: int | None = 
         jobs = 1 if on_gpu else os.cpu_count() or 1
     if jobs < 1:
         raise ConfigError("no such number of jobs", expected="at least 1", found=jobs, remedy="Mend --jobs")
-    store = extract(config.extract).store
+    stores = {extraction.store: extract(extraction).store for extraction in config.extractions}
     if on_gpu:
         # The teacher is gone; what torch still holds for it, the runs can use.
         torch.cuda.empty_cache()
-    waiting = [(name, recipe) for name, recipe in config.runs if not _is_finished(runs_dir / name, recipe, store)]
+    waiting = [run for run in config.runs if not _is_finished(runs_dir / run.name, run.recipe, stores[run.store])]
     ran = len(waiting)
     threads = max(1, (os.cpu_count() or 1) // jobs)
     start = time.perf_counter()
     with progress_bar() as bar, _Grid(config, len(waiting), bar) as grid:
         while waiting or grid.active:
             while waiting and len(grid.active) < jobs:
-                name, recipe = waiting.pop(0)
-                path = runs_dir / name
-                grid.add(path, RunProcess(recipe, store.path, path, device=config.extract.device, threads=threads))
+                run = waiting.pop(0)
+                path = runs_dir / run.name
+                grid.add(path, RunProcess(run.recipe, run.store, path, device=config.extract.device, threads=threads))
             time.sleep(POLL_SECONDS)
             grid.poll()
-    records = {name: record for name, _ in config.runs if (record := RunDirectory(runs_dir / name).record)}
+    records = {run.name: record for run in config.runs if (record := RunDirectory(runs_dir / run.name).record)}
     return ExperimentRuns(records, grid.failures, time.perf_counter() - start if ran else 0.0)
 
 

@@ -5,32 +5,59 @@ from __future__ import annotations
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_type_hints
 
 from ..kvcache.errors import ConfigError
 from .config import MAX_SEED, DistillConfig, parse_fields
 from .extract import ExtractConfig, default_store
-from .stats import COMPARED_METRICS
+from .stats import COMPARED_METRICS, Question
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """An arm with a seed, and the store that it reads."""
+
+    name: str
+    arm: str
+    recipe: DistillConfig
+    store: Path
 
 
 @dataclass(frozen=True)
 class ExperimentConfig:
-    """Arms by seeds, from one store. `arms` hold whole recipes: the base with the arm's own fields."""
+    """Arms by seeds. `arms` hold whole recipes: the base with the arm's own fields.
+
+    All arms read the store of `extract`, but for those that `arm_stores` gives one of `stores`: the same extraction
+    with some options changed.
+    """
 
     name: str
     primary_metric: str
     seeds: tuple[int, ...]
     extract: ExtractConfig
     arms: Mapping[str, DistillConfig]
-    comparisons: tuple[tuple[str, str], ...]
+    comparisons: tuple[Question, ...]
+    stores: Mapping[str, ExtractConfig] = field(default_factory=dict)
+    arm_stores: Mapping[str, str] = field(default_factory=dict)
+
+    def store_of(self, arm: str) -> ExtractConfig:
+        """The extraction that an arm reads."""
+        return self.stores[self.arm_stores[arm]] if arm in self.arm_stores else self.extract
 
     @property
-    def runs(self) -> list[tuple[str, DistillConfig]]:
-        """(run name, config) of the whole grid, seed by seed, so that pairs finish together."""
+    def extractions(self) -> list[ExtractConfig]:
+        """Those that some arm reads."""
+        return list(dict.fromkeys(self.store_of(arm) for arm in self.arms))
+
+    @property
+    def runs(self) -> list[PlannedRun]:
+        """The whole grid, seed by seed, so that pairs finish together."""
         return [
-            (f"{arm}-seed{seed}", _with_seed(config, seed)) for seed in self.seeds for arm, config in self.arms.items()
+            PlannedRun(f"{arm}-seed{seed}", arm, _with_seed(recipe, seed), self.store_of(arm).store)
+            for seed in self.seeds
+            for arm, recipe in self.arms.items()
         ]
 
 
@@ -50,13 +77,16 @@ def load_experiment(path: Path, overrides: Sequence[str] = ()) -> ExperimentConf
     for override in overrides:
         _override(document, override)
     _require_keys(document, path)
-    arms = _arms(document, path)
+    stores = _stores(document, path)
+    arms, arm_stores = _arms(document, stores, path)
     return ExperimentConfig(
         name=_name(document["name"], "name", path),
         primary_metric=_metric(document["primary_metric"], path),
         seeds=_seeds(document["seeds"], path),
         extract=_extract_config(_table(document, "extract", path), path),
+        stores=stores,
         arms=arms,
+        arm_stores=arm_stores,
         comparisons=_comparisons(document["comparisons"], arms, path),
     )
 
@@ -76,12 +106,13 @@ def _override(document: dict[str, Any], override: str) -> None:
 
 
 def _require_keys(document: Mapping[str, Any], path: Path) -> None:
-    required = {field.name for field in fields(ExperimentConfig)}
-    unknown, missing = sorted(document.keys() - required - {"base"}), sorted(required - document.keys())
+    optional = {"base", "stores"}
+    required = {entry.name for entry in fields(ExperimentConfig)} - optional - {"arm_stores"}
+    unknown, missing = sorted(document.keys() - required - optional), sorted(required - document.keys())
     if unknown or missing:
         raise ConfigError(
             f"{path}: {'unknown' if unknown else 'missing'} key",
-            expected=", ".join(sorted(required | {"base"})),
+            expected=", ".join(sorted(required | optional)),
             found=", ".join(unknown) if unknown else f"no {', '.join(missing)}",
             remedy="Mend the file",
         )
@@ -111,17 +142,41 @@ def _metric(metric: Any, path: Path) -> str:
     return str(metric)
 
 
-def _arms(document: Mapping[str, Any], path: Path) -> dict[str, DistillConfig]:
+def _stores(document: Mapping[str, Any], path: Path) -> dict[str, ExtractConfig]:
+    if "stores" not in document:
+        return {}
+    own, stores = _table(document, "extract", path), {}
+    for name, changes in _table(document, "stores", path).items():
+        key = f"stores.{_name(name, 'stores', path)}"
+        if not isinstance(changes, dict):
+            raise _refuse(path, key, "a table", repr(changes))
+        table = {**own, **changes}
+        stores[name] = _extract_config(table, path, key, f"{table.get('model')}-{name}")
+    places = [store.store for store in stores.values()]
+    if len(set(places)) < len(places):
+        raise _refuse(path, "stores", "a place of its own for every store", ", ".join(map(str, places)))
+    return stores
+
+
+def _arms(
+    document: Mapping[str, Any], stores: Mapping[str, ExtractConfig], path: Path
+) -> tuple[dict[str, DistillConfig], dict[str, str]]:
+    """The recipes by arm, and the stores of those that name one."""
     base = _table(document, "base", path) if "base" in document else {}
-    arms = {}
+    arms, arm_stores = {}, {}
     for name, overrides in _table(document, "arms", path).items():
         key = f"arms.{_name(name, 'arms', path)}"
         if not isinstance(overrides, dict):
             raise _refuse(path, key, "a table", repr(overrides))
         if "seed" in {**base, **overrides}:
             raise _refuse(path, key, "no seed of its own: seeds are listed at the top", "seed")
-        arms[name] = DistillConfig.from_mapping({**base, **overrides}, f"{path}: {key}")
-    return arms
+        recipe = {**base, **overrides}
+        if "store" in recipe:
+            arm_stores[name] = recipe.pop("store")
+            if arm_stores[name] not in stores:
+                raise _refuse(path, f"{key}.store", " or ".join(stores) or "a table [stores]", arm_stores[name])
+        arms[name] = DistillConfig.from_mapping(recipe, f"{path}: {key}")
+    return arms, arm_stores
 
 
 def _seeds(seeds: Any, path: Path) -> tuple[int, ...]:
@@ -131,26 +186,31 @@ def _seeds(seeds: Any, path: Path) -> tuple[int, ...]:
     return tuple(seeds)
 
 
-def _extract_config(table: dict[str, Any], path: Path) -> ExtractConfig:
+def _extract_config(
+    table: dict[str, Any], path: Path, key: str = "extract", default_name: str | None = None
+) -> ExtractConfig:
     if "model" not in table:
-        raise _refuse(path, "extract", "a model", ", ".join(table))
-    options = parse_fields(table, {**get_type_hints(ExtractConfig), "store": str}, f"{path}: extract")
-    store = Path(options["store"]) if "store" in options else default_store(options["model"])
+        raise _refuse(path, key, "a model", ", ".join(table))
+    options = parse_fields(table, {**get_type_hints(ExtractConfig), "store": str}, f"{path}: {key}")
+    store = Path(options["store"]) if "store" in options else default_store(default_name or options["model"])
     return ExtractConfig(**{**options, "store": store})
 
 
-def _comparisons(entries: Any, arms: Mapping[str, DistillConfig], path: Path) -> tuple[tuple[str, str], ...]:
+def _comparisons(entries: Any, arms: Mapping[str, DistillConfig], path: Path) -> tuple[Question, ...]:
     if not isinstance(entries, list) or not entries:
         raise _refuse(path, "comparisons", "a list of tables with arm and control", entries)
     return tuple(_comparison(entry, arms, path) for entry in entries)
 
 
-def _comparison(entry: Any, arms: Mapping[str, DistillConfig], path: Path) -> tuple[str, str]:
-    known = isinstance(entry, dict) and entry.keys() == {"arm", "control"}
-    pair = [name for name in arms if name in entry.values()] if known else []
+def _comparison(entry: Any, arms: Mapping[str, DistillConfig], path: Path) -> Question:
+    known = isinstance(entry, dict) and {"arm", "control"} <= entry.keys() <= {"arm", "control", "margin"}
+    pair = [name for name in arms if name in (entry["arm"], entry["control"])] if known else []
     if len(pair) != 2:
         raise _refuse(path, "comparisons", f"a different arm and control from {', '.join(arms)}", entry)
-    return entry["arm"], entry["control"]
+    margin = entry.get("margin")
+    if margin is not None and not (isinstance(margin, int | float) and 0 < margin < float("inf")):
+        raise _refuse(path, "comparisons", "a margin above 0", margin)
+    return Question(entry["arm"], entry["control"], margin)
 
 
 def _with_seed(config: DistillConfig, seed: int) -> DistillConfig:

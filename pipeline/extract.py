@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -193,10 +193,10 @@ def _open_or_create(
         for orphan in config.store.glob(f"zarr.*{PARTIAL}"):
             orphan.unlink()
         return store
-    geometry = _probe(teacher, tokens[0], len(manifest.layers))
+    every_layer = _probe(teacher, tokens[0])
+    geometry = replace(every_layer, num_layers=len(manifest.layers))
     table = _sample_table(corpus, tokens)
-    num_bytes = stored_bytes(table.length, geometry, manifest.codec)
-    _require_space(config.store, num_bytes)
+    _require_space(config.store, stored_bytes(table.length, geometry, manifest.codec))
     return create_store(
         config.store,
         manifest,
@@ -204,17 +204,24 @@ def _open_or_create(
         geometry,
         tokenizer_files=tokenizer_files(tokenizer),
         truncated=sum(sample.truncated for sample in tokens),
-        shard_bytes=min(config.max_shard_bytes, max(num_bytes // SHARDS_OF_SMALL_STORE, MIN_SHARD_BYTES)),
+        shard_bytes=_shard_bytes(config, stored_bytes(table.length, every_layer, "raw"))
+        * geometry.num_layers
+        // every_layer.num_layers,
     )
 
 
+def _shard_bytes(config: ExtractConfig, num_bytes: int) -> int:
+    """Of a store whose raw KV of all layers takes `num_bytes`."""
+    return min(config.max_shard_bytes, max(num_bytes // SHARDS_OF_SMALL_STORE, MIN_SHARD_BYTES))
+
+
 @torch.inference_mode()
-def _probe(teacher: PreTrainedModel, sample: TokenizedSample, num_layers: int) -> KVGeometry:
+def _probe(teacher: PreTrainedModel, sample: TokenizedSample) -> KVGeometry:
     """Heads, channels and dtype of the KV as they are, not as the config says: head_dim is often its own."""
     ids = torch.from_numpy(sample.input_ids[:2].astype(np.int64))[None].to(teacher.device)
     pairs = capture_kv(teacher, ids, torch.ones_like(ids))
     _, num_kv_heads, _, head_dim = pairs[0][0].shape
-    return KVGeometry(num_layers, num_kv_heads, head_dim, pairs[0][0].dtype)
+    return KVGeometry(len(pairs), num_kv_heads, head_dim, pairs[0][0].dtype)
 
 
 def _require_folder(path: Path) -> Path:

@@ -48,9 +48,10 @@ def write_report(results: Results, folder: Path) -> Path:
 def sentence(comparison: Comparison) -> str:
     """A comparison in words: the verdict with its number, interval and p-value."""
     c = comparison
+    test = "Holm-adjusted p" if c.margin is None else f"Holm-adjusted p of a difference within {c.margin:g}"
     numbers = (
         f"difference in {c.metric} {number(c.mean_difference)}, 95% CI {number(c.ci_low)} to {number(c.ci_high)}, "
-        f"Holm-adjusted p {p_value(c.p_adjusted)}, {c.num_seeds} paired seeds"
+        f"{test} {p_value(c.p_adjusted)}, {c.num_seeds} paired seeds"
     )
     if c.verdict == "no verdict":
         return (
@@ -58,6 +59,8 @@ def sentence(comparison: Comparison) -> str:
         )
     if c.verdict == "inconclusive":
         return f"{c.arm} against {c.control}: inconclusive ({numbers})."
+    if c.verdict == "equivalent":
+        return f"{c.arm} is equivalent to {c.control} ({numbers})."
     return f"{c.arm} is {c.verdict} than {c.control} ({numbers})."
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +58,7 @@ class Results:
     wall_seconds: float
     comparisons: dict[str, list[Comparison]]
     savings: Savings
-    store: dict[str, Any]
+    stores: list[dict[str, Any]]
     commands: dict[str, str]
 
     def to_dict(self) -> dict[str, Any]:
@@ -71,12 +71,12 @@ class Results:
 def collect(config: ExperimentConfig, outcome: ExperimentRuns, runs_dir: Path) -> Results:
     """Gather and compare. Raises ConfigError where two runs of a seed are not a pair."""
     runs = [
-        _run_result(name, name.rsplit("-seed", 1)[0], recipe.seed, outcome.records[name], runs_dir)
-        for name, recipe in config.runs
-        if name in outcome.records
+        _run_result(run.name, run.arm, run.recipe.seed, outcome.records[run.name], runs_dir)
+        for run in config.runs
+        if run.name in outcome.records
     ]
     _require_pairs(runs)
-    store = KVStore.open(config.extract.store)
+    stores = [KVStore.open(extraction.store) for extraction in config.extractions]
     return Results(
         name=config.name,
         primary_metric=config.primary_metric,
@@ -84,10 +84,10 @@ def collect(config: ExperimentConfig, outcome: ExperimentRuns, runs_dir: Path) -
         failures=outcome.failures,
         wall_seconds=outcome.wall_seconds,
         comparisons={metric: _compare_all(config, runs, metric) for metric in _metrics(config)},
-        savings=_savings(runs, store),
-        store=store.summary(),
+        savings=_savings(runs, stores),
+        stores=[store.summary() for store in stores],
         commands={
-            arm: shlex.join(["kvpipe", "distill", "--store", str(store.path), *recipe.flags()])
+            arm: shlex.join(["kvpipe", "distill", "--store", str(config.store_of(arm).store), *recipe.flags()])
             for arm, recipe in config.arms.items()
         },
     )
@@ -134,7 +134,9 @@ def _compare_all(config: ExperimentConfig, runs: list[RunResult], metric: str) -
     for run in runs:
         if metric in run.scores:
             scores[run.arm][run.seed] = run.scores[metric]
-    return adjust([compare(arm, control, metric, scores[arm], scores[control]) for arm, control in config.comparisons])
+    # A margin is in the units of the primary metric.
+    asked = [q if metric == config.primary_metric else replace(q, margin=None) for q in config.comparisons]
+    return adjust([compare(q, metric, scores[q.arm], scores[q.control]) for q in asked])
 
 
 def arm_summary(results: Results, metric: str) -> Mapping[str, tuple[float, float, int]]:
@@ -151,9 +153,10 @@ def arm_summary(results: Results, metric: str) -> Mapping[str, tuple[float, floa
     return found
 
 
-def _savings(runs: list[RunResult], store: KVStore) -> Savings:
+def _savings(runs: list[RunResult], stores: list[KVStore]) -> Savings:
     with_kv = [run.record["seconds"]["total"] for run in runs if run.record["config"]["mode"] != "none"]
-    teacher, student = float(store.extraction["seconds"]), float(np.mean(with_kv)) if with_kv else 0.0
+    teacher = sum(float(store.extraction["seconds"]) for store in stores)
+    student = float(np.mean(with_kv)) if with_kv else 0.0
     return Savings(
         teacher_seconds=teacher,
         student_seconds=student,

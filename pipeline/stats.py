@@ -10,8 +10,9 @@ from typing import Literal
 import numpy as np
 from scipy import stats
 from statsmodels.stats.multitest import multipletests
+from statsmodels.stats.weightstats import DescrStatsW
 
-Verdict = Literal["better", "worse", "inconclusive", "no verdict"]
+Verdict = Literal["better", "worse", "equivalent", "inconclusive", "no verdict"]
 
 ALPHA = 0.05
 MIN_SEEDS = 6
@@ -27,8 +28,21 @@ LOWER_IS_BETTER = {"ce", "ce_auc", "nmse_key", "nmse_value"}
 
 
 @dataclass(frozen=True)
+class Question:
+    """Whether `arm` differs from `control`; with a `margin`, whether they differ by less than that on the primary
+    metric."""
+
+    arm: str
+    control: str
+    margin: float | None = None
+
+
+@dataclass(frozen=True)
 class Comparison:
-    """`arm` against `control` on one metric. `differences` are arm minus control, one a seed."""
+    """`arm` against `control` on one metric. `differences` are arm minus control, one a seed.
+
+    With a `margin` the p-value is that of equivalence: the greater one of two one-sided tests.
+    """
 
     arm: str
     control: str
@@ -42,6 +56,7 @@ class Comparison:
     p_adjusted: float
     effect_size: float
     verdict: Verdict
+    margin: float | None = None
 
     @property
     def num_seeds(self) -> int:
@@ -49,9 +64,10 @@ class Comparison:
 
 
 def compare(
-    arm: str, control: str, metric: str, arm_scores: Mapping[int, float], control_scores: Mapping[int, float]
+    question: Question, metric: str, arm_scores: Mapping[int, float], control_scores: Mapping[int, float]
 ) -> Comparison:
-    """Paired t-test over the seeds that both arms finished; Cohen's d_z as the effect size.
+    """Paired t-test over the seeds that both arms finished, or, with a margin, two one-sided ones (Schuirmann 1987);
+    Cohen's d_z as the effect size.
 
     With fewer than two seeds, or where every seed gives the same difference (but for rounding), the test has
     nothing to say: its numbers are NaN.
@@ -65,10 +81,12 @@ def compare(
         test = stats.ttest_1samp(differences, 0.0)
         interval = test.confidence_interval(1 - ALPHA)
         low, high, p_value = float(interval.low), float(interval.high), float(test.pvalue)
+        if question.margin is not None:
+            p_value = float(DescrStatsW(differences).ttost_mean(-question.margin, question.margin)[0])
         effect = mean / spread
     return Comparison(
-        arm=arm,
-        control=control,
+        arm=question.arm,
+        control=question.control,
         metric=metric,
         seeds=seeds,
         differences=tuple(differences.tolist()),
@@ -79,6 +97,7 @@ def compare(
         p_adjusted=p_value,
         effect_size=effect,
         verdict="no verdict",
+        margin=question.margin,
     )
 
 
@@ -101,5 +120,7 @@ def _verdict(comparison: Comparison, p_adjusted: float) -> Verdict:
         return "no verdict"
     if not p_adjusted < ALPHA:
         return "inconclusive"
+    if comparison.margin is not None:
+        return "equivalent"
     improved = (comparison.mean_difference < 0) == (comparison.metric in LOWER_IS_BETTER)
     return "better" if improved else "worse"

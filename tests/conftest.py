@@ -33,7 +33,6 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 install_import_hook("kvpipe", "beartype.beartype")
 
 # Only now: the hook sees the modules that are imported after it.
-from kvpipe.kvcache.codec import require_codec  # noqa: E402
 from kvpipe.kvcache.create import TOKEN_BLOCK, SampleTable, create_store  # noqa: E402
 from kvpipe.kvcache.layout import KVGeometry  # noqa: E402
 from kvpipe.kvcache.manifest import DatasetIdentity, Manifest, TeacherIdentity  # noqa: E402
@@ -153,8 +152,7 @@ def make_store(
     ) -> tuple[KVStore, Tensor]:
         geometry = KVGeometry(num_layers, num_kv_heads, head_dim, dtype)
         blocks = sum(-(-length // TOKEN_BLOCK) for length in lengths)
-        parts = require_codec(codec).parts(geometry, TOKEN_BLOCK).values()
-        mean_bytes = blocks * sum(part.layout(TOKEN_BLOCK, 1, 1).chunk_bytes for part in parts) / len(lengths)
+        mean_bytes = blocks * TOKEN_BLOCK * geometry.bytes_per_token / len(lengths)
         store = create_store(
             tmp_path_factory.mktemp("store") / "tiny.zarr",
             make_manifest(

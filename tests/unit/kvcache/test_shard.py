@@ -25,7 +25,7 @@ from kvpipe.kvcache.shard import (
     crc32c,
     read_index,
     require_checksums,
-    sample_range,
+    sample_start,
 )
 from kvpipe.kvcache.store import KVStore
 from numpy.typing import NDArray
@@ -73,10 +73,8 @@ def read(data: NDArray[np.uint8], layout: ShardLayout, checksums: NDArray[np.int
     blocks = layout.blocks_of(length)
     if blocks == 0:
         return b""
-    start, stop = sample_range(read_index(data, layout)[row, :blocks], layout)
-    if stop > len(data):
-        raise ValueError("beyond the file's end")
-    own = data[start:stop].reshape(blocks, layout.record_bytes)
+    start = sample_start(read_index(data, layout)[row, :blocks], layout)
+    own = data[start : start + blocks * layout.record_bytes].reshape(blocks, layout.record_bytes)
     require_checksums([own], [layout], checksums[row, :blocks])
     chunks = own[:, : layout.chunk_bytes].copy().view(layout.dtype).reshape(blocks, *layout.chunk_shape)
     return np.concatenate([chunk[:, :, 0] for chunk in chunks], axis=3).tobytes()

@@ -23,6 +23,7 @@ from kvpipe.pipeline.experiment import ExperimentRuns
 from kvpipe.pipeline.experiment_config import ExperimentConfig
 from kvpipe.pipeline.extract import ExtractConfig
 from kvpipe.pipeline.run_directory import RunDirectory
+from kvpipe.pipeline.stats import Question
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
@@ -162,7 +163,7 @@ def make_experiment(
         arms: Mapping[str, float],
         *,
         seeds: int = 6,
-        comparisons: Sequence[tuple[str, str]] | None = None,
+        comparisons: Sequence[Question] | None = None,
         without: Mapping[str, str] | None = None,
         edit: Callable[[str, dict[str, Any]], None] = lambda name, record: None,
         curve: bool = True,
@@ -175,13 +176,13 @@ def make_experiment(
             seeds=tuple(range(seeds)),
             extract=ExtractConfig(model="teacher", store=store.path),
             arms={arm: DistillConfig(mode="none" if arm == first else "flat") for arm in arms},
-            comparisons=tuple(comparisons or [(arm, first) for arm in others]),
+            comparisons=tuple(comparisons or [Question(arm, first) for arm in others]),
         )
         failures, records, runs_dir = dict(without or {}), {}, tmp_path_factory.mktemp("runs")
-        for name, recipe in config.runs:
+        for run in config.runs:
+            name, arm, recipe = run.name, run.arm, run.recipe
             if name in failures:
                 continue
-            arm = name.rsplit("-seed", 1)[0]
             noise = (7 * recipe.seed + 3 * list(arms).index(arm) ** 2) % 5
             ce = arms[arm] + 0.01 * recipe.seed + 0.002 * noise
             record = _run_record(name, recipe, ce)

@@ -10,6 +10,7 @@ import pytest
 from kvpipe.kvcache.errors import ConfigError
 from kvpipe.pipeline.config import DistillConfig
 from kvpipe.pipeline.experiment_config import load_experiment
+from kvpipe.pipeline.stats import Question
 
 GOOD = """
 name = "pilot"
@@ -58,9 +59,9 @@ def test_the_experiment_that_ships(root: Path) -> None:
     assert experiment.name == "ab"
     assert len(experiment.seeds) >= 6
     assert {"none", "flat", "structured", "flat-shuffled"} <= set(experiment.arms)
-    assert ("structured", "flat") in experiment.comparisons
+    assert Question("structured", "flat") in experiment.comparisons
     assert experiment.extract.store == Path("stores/qwen.zarr")
-    assert len({name for name, _ in experiment.runs}) == len(experiment.seeds) * len(experiment.arms)
+    assert len({run.name for run in experiment.runs}) == len(experiment.seeds) * len(experiment.arms)
     # Alignment is the only difference between the two arms that the experiment is about.
     assert replace(experiment.arms["flat"], mode="structured") == experiment.arms["structured"]
 
@@ -72,13 +73,13 @@ def test_arms_are_the_base_with_their_own_fields(write: Write) -> None:
         "flat": DistillConfig(mode="flat", epochs=2.0, batch_size=4),
     }
     assert experiment.extract.samples == 40
-    assert experiment.comparisons == (("flat", "none"),)
+    assert experiment.comparisons == (Question("flat", "none"),)
 
 
 def test_runs_go_seed_by_seed_so_that_pairs_finish_together(write: Write) -> None:
     runs = load_experiment(write(GOOD)).runs
-    assert [name for name, _ in runs] == ["none-seed3", "flat-seed3", "none-seed1", "flat-seed1"]
-    assert [(config.mode, config.seed) for _, config in runs] == [("none", 3), ("flat", 3), ("none", 1), ("flat", 1)]
+    assert [run.name for run in runs] == ["none-seed3", "flat-seed3", "none-seed1", "flat-seed1"]
+    assert [(run.recipe.mode, run.recipe.seed) for run in runs] == [("none", 3), ("flat", 3), ("none", 1), ("flat", 1)]
 
 
 def test_a_file_needs_no_base_and_may_name_its_store(write: Write) -> None:
@@ -88,7 +89,45 @@ def test_a_file_needs_no_base_and_may_name_its_store(write: Write) -> None:
     assert experiment.extract.store == Path("here/kv.zarr")
 
 
+SMALL = '[stores.small]\ncodec = "int4"\n'
+
+
+def test_arms_may_read_stores_of_their_own(write: Write) -> None:
+    text = GOOD.replace(BASE, BASE + SMALL).replace('mode = "flat"', 'mode = "flat"\nstore = "small"')
+    experiment = load_experiment(write(text))
+    assert experiment.arms["flat"] == DistillConfig(mode="flat", epochs=2.0, batch_size=4)
+    own = replace(experiment.extract, codec="int4", store=Path("stores/qwen-small.zarr"))
+    assert experiment.store_of("none") == experiment.extract
+    assert experiment.store_of("flat") == own
+    assert experiment.extractions == [experiment.extract, own]
+    assert {(run.arm, run.store) for run in experiment.runs} == {
+        ("none", experiment.extract.store),
+        ("flat", own.store),
+    }
+
+
+def test_the_codecs_are_compared_within_a_margin(root: Path) -> None:
+    experiment = load_experiment(root / "experiments" / "codecs.toml")
+    assert {experiment.store_of(arm).codec for arm in experiment.arms} == {"raw", "int8", "int4", "int2"}
+    assert {question.margin for question in experiment.comparisons} == {0.05}
+    assert len(set(experiment.arms.values())) == 1, "the codec is the only difference"
+
+
 BROKEN = {
+    "a store that is not there": (
+        'mode = "flat"',
+        'mode = "flat"\nstore = "small"',
+        "arms.flat.store: expected a table",
+    ),
+    "a store of another type": (BASE, BASE + "[stores]\nsmall = 3\n", "stores.small: expected a table"),
+    "a store with an unknown key": (BASE, BASE + "[stores.small]\ncodecs = 3\n", "stores.small has an unknown field"),
+    "stores in one place": (
+        BASE,
+        BASE + SMALL + 'store = "a"\n[stores.other]\nstore = "a"\n',
+        "stores: expected a place of its own",
+    ),
+    "a margin of nothing": (COMPARISON, COMPARISON + "margin = 0\n", "comparisons: expected a margin above 0, found 0"),
+    "a margin of words": (COMPARISON, COMPARISON + "margin = 'x'\n", "comparisons: expected a margin above 0, found x"),
     "not TOML": ("[3, 1]", "[3, 1", "not TOML"),
     "unknown key": ('name = "pilot"', 'name = "pilot"\nseed = 3', "unknown key: .* found seed"),
     "missing seeds": ("seeds = [3, 1]", "", "missing key: .* found no seeds"),

@@ -97,7 +97,7 @@ def test_the_results_are_strict_json(report: Path) -> None:
     document = json.loads((report / "results.json").read_text(), parse_constant=refuse_constant)
     assert document["name"] == "synthetic"
     assert document["comparisons"]["exact_match"][0]["p_value"] is None
-    assert {"runs", "failures", "comparisons", "savings", "store"} <= set(document)
+    assert {"runs", "failures", "comparisons", "savings", "stores"} <= set(document)
 
 
 def test_the_page_is_whole_and_refers_to_nothing_outside(report: Path) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from kvpipe.kvcache.errors import ConfigError
 from kvpipe.pipeline.results import arm_summary, collect
+from kvpipe.pipeline.stats import Question
 from scipy import stats
 
 ARMS = {"none": 0.9, "flat": 0.4, "structured": 0.4}
@@ -33,7 +34,7 @@ def test_scores_and_curves_are_those_of_the_run_directories(make_experiment: Mak
 
 
 def test_every_comparison_is_paired_by_seed(make_experiment: MakeExperiment) -> None:
-    finished = make_experiment(ARMS, comparisons=[("flat", "none"), ("structured", "flat")])
+    finished = make_experiment(ARMS, comparisons=[Question("flat", "none"), Question("structured", "flat")])
     results = collect(finished.config, finished.outcome, finished.runs_dir)
     assert list(results.comparisons) == ["ce", "ce_auc", "exact_match", "token_accuracy"]
     scores = {arm: [run.scores["ce"] for run in results.runs if run.arm == arm] for arm in ARMS}
@@ -46,6 +47,13 @@ def test_every_comparison_is_paired_by_seed(make_experiment: MakeExperiment) -> 
     assert [c.verdict for c in results.comparisons["token_accuracy"]] == ["better", "inconclusive"]
     # Nobody generated an answer.
     assert [(c.num_seeds, c.verdict) for c in results.comparisons["exact_match"]] == [(0, "no verdict")] * 2
+
+
+def test_a_margin_holds_on_the_primary_metric_alone(make_experiment: MakeExperiment) -> None:
+    finished = make_experiment(ARMS, comparisons=[Question("structured", "flat", 0.02)])
+    comparisons = collect(finished.config, finished.outcome, finished.runs_dir).comparisons
+    assert [(c.margin, c.verdict) for c in comparisons["ce"]] == [(0.02, "equivalent")]
+    assert [(c.margin, c.verdict) for c in comparisons["token_accuracy"]] == [(None, "inconclusive")]
 
 
 def test_a_pair_with_a_failed_run_is_left_out(make_experiment: MakeExperiment) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from kvpipe.pipeline.stats import ALPHA, LOWER_IS_BETTER, MIN_SEEDS, Comparison, adjust, compare
+from kvpipe.pipeline.stats import ALPHA, LOWER_IS_BETTER, MIN_SEEDS, Comparison, Question, adjust, compare
 from numpy.typing import NDArray
 from scipy import stats
 
@@ -49,7 +49,7 @@ def holm(p_values: list[float]) -> list[float]:
 def test_compare_is_scipys_paired_t_test(seeds: int) -> None:
     rng = np.random.default_rng(seeds)
     arm, control = rng.normal(0.3, 1, seeds), rng.normal(0, 1, seeds)
-    found, expected = compare("a", "b", "ce", scores(arm), scores(control)), stats.ttest_rel(arm, control)
+    found, expected = compare(Question("a", "b"), "ce", scores(arm), scores(control)), stats.ttest_rel(arm, control)
     interval = expected.confidence_interval(0.95)
     assert found.p_value == pytest.approx(expected.pvalue)
     assert (found.ci_low, found.ci_high) == pytest.approx((interval.low, interval.high))
@@ -59,7 +59,7 @@ def test_compare_is_scipys_paired_t_test(seeds: int) -> None:
 
 
 def test_pairs_are_made_by_seed_over_the_seeds_that_both_have() -> None:
-    found = compare("a", "b", "ce", {3: 1.0, 1: 5.0, 9: 7.0}, {9: 6.5, 2: 0.0, 3: 0.25})
+    found = compare(Question("a", "b"), "ce", {3: 1.0, 1: 5.0, 9: 7.0}, {9: 6.5, 2: 0.0, 3: 0.25})
     assert found.seeds == (3, 9)
     assert found.num_seeds == 2
     assert found.differences == (0.75, 0.5)
@@ -68,7 +68,7 @@ def test_pairs_are_made_by_seed_over_the_seeds_that_both_have() -> None:
 def test_swapping_the_arms_swaps_the_signs() -> None:
     rng = np.random.default_rng(0)
     arm, control = scores(rng.normal(size=6)), scores(rng.normal(size=6))
-    there, back = compare("a", "b", "ce", arm, control), compare("b", "a", "ce", control, arm)
+    there, back = compare(Question("a", "b"), "ce", arm, control), compare(Question("b", "a"), "ce", control, arm)
     assert there.p_value == pytest.approx(back.p_value)
     assert there.mean_difference == pytest.approx(-back.mean_difference)
     assert (there.ci_low, there.ci_high) == pytest.approx((-back.ci_high, -back.ci_low))
@@ -77,7 +77,7 @@ def test_swapping_the_arms_swaps_the_signs() -> None:
 
 @pytest.mark.parametrize("seeds", [0, 1])
 def test_too_few_seeds_for_a_test_give_nan(seeds: int) -> None:
-    found = compare("a", "b", "ce", scores([1.5] * seeds), scores([1.0] * seeds))
+    found = compare(Question("a", "b"), "ce", scores([1.5] * seeds), scores([1.0] * seeds))
     assert math.isnan(found.p_value)
     assert math.isnan(found.ci_low)
     assert math.isnan(found.effect_size)
@@ -87,14 +87,14 @@ def test_too_few_seeds_for_a_test_give_nan(seeds: int) -> None:
 @pytest.mark.parametrize("gap", [0.0, 0.1])
 def test_equal_differences_tell_nothing_even_where_rounding_makes_them_differ(gap: float) -> None:
     control = np.array([0.2, 0.213, 0.226, 0.239, 0.252, 0.265])
-    found = compare("a", "b", "ce", scores(control + gap), scores(control))
+    found = compare(Question("a", "b"), "ce", scores(control + gap), scores(control))
     assert math.isnan(found.p_value)
     assert found.mean_difference == pytest.approx(gap)
     assert adjust([found])[0].verdict == "no verdict"
 
 
 def test_a_run_that_diverged_gives_no_verdict() -> None:
-    found = compare("a", "b", "ce", scores([1, 2, 3, 4, 5, math.nan]), scores([0.5, 1, 2.5, 3, 4, 4]))
+    found = compare(Question("a", "b"), "ce", scores([1, 2, 3, 4, 5, math.nan]), scores([0.5, 1, 2.5, 3, 4, 4]))
     assert found.num_seeds == 6
     assert adjust([found])[0].verdict == "no verdict"
 
@@ -146,7 +146,29 @@ def test_a_large_effect_is_found_at_six_seeds() -> None:
     rng = np.random.default_rng(1)
     control = rng.normal(0.22, 0.01, 6)
     arm = control - 0.15 + rng.normal(0, 0.01, 6)
-    assert adjust([compare("a", "b", "ce", scores(arm), scores(control))])[0].verdict == "better"
+    assert adjust([compare(Question("a", "b"), "ce", scores(arm), scores(control))])[0].verdict == "better"
+
+
+@pytest.mark.parametrize(("gap", "verdict"), [(0.0, "equivalent"), (0.03, "equivalent"), (0.05, "inconclusive")])
+def test_a_margin_asks_for_equivalence(gap: float, verdict: str) -> None:
+    """Against two one-sided t-tests by hand: the difference is above -margin, and below margin."""
+    rng = np.random.default_rng(2)
+    control = rng.normal(0.2, 0.05, 8)
+    arm = control + gap + rng.normal(0, 0.01, 8)
+    (found,) = adjust([compare(Question("a", "b", 0.05), "ce", scores(arm), scores(control))])
+    above = stats.ttest_1samp(arm - control, -0.05, alternative="greater").pvalue
+    below = stats.ttest_1samp(arm - control, 0.05, alternative="less").pvalue
+    assert found.p_value == pytest.approx(max(above, below))
+    assert found.verdict == verdict
+
+
+def test_arms_that_differ_by_the_margin_are_called_equivalent_no_more_often_than_alpha() -> None:
+    experiments, rng = 1000, np.random.default_rng(3)
+    found = [
+        compare(Question("a", "b", 0.05), "ce", scores(0.05 + rng.normal(0, 0.02, 8)), scores([0.0] * 8)).p_value
+        for _ in range(experiments)
+    ]
+    assert 0 < sum(p < ALPHA for p in found) <= stats.binom.ppf(0.999, experiments, ALPHA)
 
 
 def test_equal_arms_are_told_apart_no_more_often_than_alpha() -> None:
@@ -156,7 +178,7 @@ def test_equal_arms_are_told_apart_no_more_often_than_alpha() -> None:
         seed_effect = rng.normal(0, 1, 6)
         arms = [scores(seed_effect + rng.normal(0, 0.1, 6)) for _ in range(4)]
         pairs = [(1, 0), (2, 0), (3, 0), (2, 1)]
-        family = adjust([compare(f"{a}", f"{b}", "ce", arms[a], arms[b]) for a, b in pairs])
+        family = adjust([compare(Question(f"{a}", f"{b}"), "ce", arms[a], arms[b]) for a, b in pairs])
         false_alarms += any(c.verdict in ("better", "worse") for c in family)
     # What a family-wise rate of ALPHA would exceed once in a thousand times.
     assert false_alarms <= stats.binom.ppf(0.999, experiments, ALPHA)
