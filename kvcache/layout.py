@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Shaped
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers import Cache
 
@@ -41,6 +42,17 @@ class KVGeometry:
 def dtype_name(dtype: torch.dtype) -> str:
     """`torch.bfloat16` -> `"bfloat16"`."""
     return str(dtype).removeprefix("torch.")
+
+
+def to_storage(tensor: Tensor) -> NDArray[Any]:
+    """A CPU tensor as a NumPy array of its storage dtype, without a copy."""
+    return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
+
+
+def from_storage(array: NDArray[Any], dtype: torch.dtype) -> Tensor:
+    """The tensor of logical `dtype` over the memory of a storage array."""
+    tensor = torch.from_numpy(array)
+    return tensor.view(dtype) if dtype == torch.bfloat16 else tensor
 
 
 def layer_pairs(past_key_values: Cache | Iterable[tuple[Any, Any]]) -> list[tuple[Tensor, Tensor]]:

@@ -11,8 +11,10 @@ from kvpipe.kvcache.layout import (
     LOGICAL_DTYPES,
     STORAGE_DTYPES,
     dtype_name,
+    from_storage,
     layer_pairs,
     stack_past_kv,
+    to_storage,
 )
 from transformers import AutoModelForCausalLM, DynamicCache
 
@@ -92,6 +94,13 @@ def test_gradients_flow_through_the_stack() -> None:
 
 
 @pytest.mark.parametrize("dtype", STORAGE_DTYPES, ids=dtype_name)
-def test_every_dtype_is_found_by_its_name(dtype: torch.dtype) -> None:
+def test_storage_keeps_every_bit_and_copies_nothing(dtype: torch.dtype) -> None:
+    bits = torch.arange(2**16, dtype=torch.int32).to(torch.uint16)  # all bfloat16 and float16 values, NaNs too
+    tensor = (bits if dtype != torch.float32 else bits.repeat_interleave(2)).view(dtype)
+    stored = to_storage(tensor)
+    restored = from_storage(stored, dtype)
+    assert stored.dtype == STORAGE_DTYPES[dtype]
+    assert restored.dtype == dtype
+    assert np.array_equal(restored.view(torch.uint8).numpy(), tensor.view(torch.uint8).numpy())
+    assert stored.ctypes.data == tensor.data_ptr() == restored.data_ptr()
     assert LOGICAL_DTYPES[dtype_name(dtype)] is dtype
-    assert np.dtype(STORAGE_DTYPES[dtype]).itemsize == dtype.itemsize
