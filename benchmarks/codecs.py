@@ -17,7 +17,8 @@ from kvpipe.kvcache.codec import CODECS
 from kvpipe.kvcache.create import stored_bytes
 from kvpipe.kvcache.reader import KVReader
 from kvpipe.kvcache.store import KVStore
-from kvpipe.pipeline.extract import ExtractConfig, extract
+from kvpipe.pipeline.extract import extract
+from kvpipe.pipeline.extract_config import ExtractConfig
 from side_by_side import alternate, of_values, quiet
 
 RUNS = 3

@@ -17,7 +17,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from kvpipe.kvcache.store import KVStore
-from kvpipe.pipeline.extract import ExtractConfig, extract
+from kvpipe.pipeline.extract import extract
+from kvpipe.pipeline.extract_config import ExtractConfig
 from kvpipe.pipeline.models import load_teacher, resolve_device, resolve_dtype
 from kvpipe.pipeline.teacher_pass import plan_batches, plan_windows
 from side_by_side import HEADER, Ratio, alternate, quiet, ratio

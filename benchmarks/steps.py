@@ -10,7 +10,8 @@ from pathlib import Path
 
 from kvpipe.pipeline.config import DistillConfig
 from kvpipe.pipeline.distill import distill
-from kvpipe.pipeline.extract import ExtractConfig, extract
+from kvpipe.pipeline.extract import extract
+from kvpipe.pipeline.extract_config import ExtractConfig
 from side_by_side import HEADER, Ratio, alternate, of_values, quiet, ratio
 
 SAMPLES, STEPS, RUNS = 600, 100, 5

@@ -17,7 +17,8 @@ from kvpipe.kvcache.store import KVStore
 from kvpipe.pipeline import distill as distill_module
 from kvpipe.pipeline.config import DistillConfig
 from kvpipe.pipeline.distill import distill
-from kvpipe.pipeline.extract import ExtractConfig, extract
+from kvpipe.pipeline.extract import extract
+from kvpipe.pipeline.extract_config import ExtractConfig
 from kvpipe.pipeline.models import load_teacher
 from kvpipe.pipeline.teacher_pass import capture_kv
 from kvpipe.pipeline.training_data import Batch, KVDataset

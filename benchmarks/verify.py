@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 from kvpipe.kvcache.store import KVStore
 from kvpipe.kvcache.verify import require_side_arrays, verify_shards
-from kvpipe.pipeline.extract import ExtractConfig, extract
+from kvpipe.pipeline.extract import extract
+from kvpipe.pipeline.extract_config import ExtractConfig
 from side_by_side import HEADER, Ratio, alternate, quiet, ratio
 
 SAMPLES, RUNS = 7000, 5

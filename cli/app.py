@@ -15,6 +15,7 @@ from .experiment import experiment
 from .extract import extract
 from .inspect import inspect
 from .models import models
+from .plan import plan
 from .repair import repair
 from .verify import verify
 
@@ -26,7 +27,7 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode="rich",
 )
-for command in (extract, distill, inspect, verify, repair, models):
+for command in (plan, extract, distill, inspect, verify, repair, models):
     app.command()(command)
 app.add_typer(experiment, name="experiment")
 

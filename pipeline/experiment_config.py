@@ -11,7 +11,7 @@ from typing import Any, get_type_hints
 
 from ..kvcache.errors import ConfigError
 from .config import MAX_SEED, DistillConfig, parse_fields
-from .extract import ExtractConfig, default_store
+from .extract_config import ExtractConfig, default_store
 from .stats import COMPARED_METRICS, Question
 
 

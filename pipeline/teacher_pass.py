@@ -49,6 +49,16 @@ def capture_kv(model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: 
     return layer_pairs(cache)
 
 
+def read_samples(store: KVStore, teacher: PreTrainedModel, batch: list[int]) -> Pairs:
+    """Key and value `[B, H, T, D]` of the layers that a store keeps, from the teacher's forward over some samples."""
+    length = torch.from_numpy(store.length[batch])
+    width = int(length.max())
+    ids = torch.from_numpy(store.input_ids[batch, :width].astype(np.int64)).to(teacher.device)
+    mask = (torch.arange(width)[None] < length[:, None]).long().to(teacher.device)
+    pairs = capture_kv(teacher, ids, mask)
+    return [pairs[layer] for layer in store.manifest.layers]
+
+
 def plan_windows(store: KVStore, batch_size: int | None, device: torch.device) -> list[range]:
     """The shards of a store in runs, within which samples are grouped by length."""
     mean_batch = batch_size or max(1, AUTO_BATCH_TOKENS[device.type] // int(store.length.mean()))
@@ -96,13 +106,8 @@ def run_teacher(
     try:
         with ShardWriter(store, missing, on_nonfinite=on_nonfinite) as writer:
             for batch in batches:
-                length = torch.from_numpy(store.length[batch])
-                width = int(length.max())
-                ids = torch.from_numpy(store.input_ids[batch, :width].astype(np.int64)).to(teacher.device)
-                mask = (torch.arange(width)[None] < length[:, None]).long().to(teacher.device)
-                pairs = capture_kv(teacher, ids, mask)
-                writer.put(batch, [pairs[layer] for layer in store.manifest.layers])
-                tokens += int(length.sum())
+                writer.put(batch, read_samples(store, teacher, batch))
+                tokens += int(store.length[batch].sum())
                 seconds = time.perf_counter() - start
                 progress.update(task, completed=tokens, status=_status(writer, tokens, seconds))
         if batches:

@@ -16,7 +16,8 @@ from kvpipe.kvcache.verify import verify_shards
 from kvpipe.pipeline.builtin_teacher import new_model, train_tokenizer
 from kvpipe.pipeline.config import DistillConfig
 from kvpipe.pipeline.distill import distill
-from kvpipe.pipeline.extract import ExtractConfig, extract
+from kvpipe.pipeline.extract import extract
+from kvpipe.pipeline.extract_config import ExtractConfig
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .conftest import Tally

@@ -81,7 +81,8 @@ class Sampler(threading.Thread):
 
 EXTRACT_TWICE = f"""
 {SAMPLING}
-from kvpipe.pipeline.extract import ExtractConfig, extract
+from kvpipe.pipeline.extract import extract
+from kvpipe.pipeline.extract_config import ExtractConfig
 small, large, teacher, batch, shard = *sys.argv[1:4], int(sys.argv[4]), int(sys.argv[5])
 
 def run(data):

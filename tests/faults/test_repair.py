@@ -12,7 +12,8 @@ import torch
 from kvpipe.kvcache.errors import ConfigError, StoreError
 from kvpipe.kvcache.store import KVStore
 from kvpipe.kvcache.verify import verify_shards
-from kvpipe.pipeline.extract import ExtractConfig, extract
+from kvpipe.pipeline.extract import extract
+from kvpipe.pipeline.extract_config import ExtractConfig
 from kvpipe.pipeline.models import builtin_teachers
 from kvpipe.pipeline.repair import repair
 from safetensors.torch import load_file, save_file

@@ -31,7 +31,8 @@ from kvpipe.kvcache.store import KVStore
 from kvpipe.kvcache.verify import require_side_arrays, verify_shards
 from kvpipe.pipeline.builtin_teacher import new_model, train_tokenizer
 from kvpipe.pipeline.config import DistillConfig
-from kvpipe.pipeline.extract import ExtractConfig, extract
+from kvpipe.pipeline.extract import extract
+from kvpipe.pipeline.extract_config import ExtractConfig
 from kvpipe.pipeline.run_directory import RunDirectory, run_identity
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -127,6 +127,8 @@ DISTILL_CASES = {
     "half its metadata": _distill("--store", "torn.zarr", says=("torn.zarr is not a KV store, or its metadata",)),
     "lost its tokens": _distill("--store", "lost.zarr", says=("input_ids in", "is damaged", "expected", "found")),
     "which store": Case(["distill"], ("expected exactly one under stores/, found none", "--store")),
+    "plan for no model": Case(["plan", "--model", "nosuch"], ("model 'nosuch'", "kvpipe models")),
+    "plan for no codec": Case(["plan", "--model", "teacher", "--codec", "zip"], ("unknown codec", "found zip")),
     "inspect nothing": Case(["inspect", "no.zarr"], ("no KV store at no.zarr", "found nothing")),
     "inspect a folder": Case(["inspect", "folder"], ("found a folder without zarr.json",)),
     "no experiment": Case(["experiment", "run", "no.toml"], ("no experiment file at no.toml", "expected a .toml file")),

@@ -21,7 +21,7 @@ from kvpipe.kvcache.writer import ShardWriter
 from kvpipe.pipeline.config import DistillConfig
 from kvpipe.pipeline.experiment import ExperimentRuns
 from kvpipe.pipeline.experiment_config import ExperimentConfig
-from kvpipe.pipeline.extract import ExtractConfig
+from kvpipe.pipeline.extract_config import ExtractConfig
 from kvpipe.pipeline.run_directory import RunDirectory
 from kvpipe.pipeline.stats import Question
 from tokenizers import Tokenizer, models, pre_tokenizers

@@ -1,0 +1,46 @@
+"""The options that `kvpipe extract` and `kvpipe plan` share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Model = Annotated[
+    str, typer.Option("--model", help="Teacher: a built-in name (`kvpipe models`), a folder or a Hub id.")
+]
+DatasetName = Annotated[
+    str, typer.Option("--dataset", help="word-problems (built in), a .jsonl file, or a Hub data set.")
+]
+Store = Annotated[Path | None, typer.Option("--store", help="Where the store goes. [default: stores/<model>.zarr]")]
+Samples = Annotated[
+    int | None,
+    typer.Option("--samples", help="Limit of training samples. [default: 4000 built-in ones, or a whole file]"),
+]
+EvalSamples = Annotated[int, typer.Option("--eval-samples", help="Held-out samples for each of validation and test.")]
+MaxTokens = Annotated[
+    int | None,
+    typer.Option(
+        "--max-tokens", help="Longer samples are cut, and counted. [default: 1024, or what the model can read]"
+    ),
+]
+BatchSize = Annotated[
+    str, typer.Option("--batch-size", help="Samples in a forward pass, or auto: by a budget of padded tokens.")
+]
+Dtype = Annotated[str, typer.Option("--dtype", help="auto (the model's own), float32, float16 or bfloat16.")]
+Device = Annotated[str, typer.Option("--device", help="auto (CUDA where there is one), cpu, cuda or cuda:N.")]
+CodecName = Annotated[
+    str, typer.Option("--codec", help="How KV is kept: raw (exact), or lossy in fewer bits: fp8, int8, int4, int2.")
+]
+Layers = Annotated[
+    str,
+    typer.Option(
+        "--layers",
+        help="Teacher layers to keep: all; numbers from 0, as in 1,3,8-11; or ratio:N, those that a student of N "
+        "layers learns from.",
+    ),
+]
+Revision = Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit of a Hub model.")]
+TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Let a Hub model run its own code.")]
+Seed = Annotated[int, typer.Option("--seed", help="Seed of the built-in data set.")]

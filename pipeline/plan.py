@@ -1,0 +1,116 @@
+"""What an extraction will cost, before it is paid: sizes counted, speeds measured on a few samples, here and now."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import torch
+from rich.progress import Progress
+
+from ..kvcache.create import stored_bytes
+from ..kvcache.reader import KVReader
+from ..kvcache.store import KVStore
+from .extract import new_store, require_folder
+from .extract_config import ExtractConfig
+from .preparation import Prepared, prepare, sample_table
+from .progress import progress_bar
+from .teacher_pass import plan_batches, plan_windows, read_samples, run_teacher
+
+MEASURED_TOKENS = 8192
+"""Enough for a few batches of each kind."""
+
+READ_BATCH = 16
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Sizes in bytes; speeds in tokens a second, of the teacher alone, of the extraction and of reading the store."""
+
+    samples: int
+    tokens: int
+    truncated: int
+    store_bytes: int
+    raw_bytes: int
+    free_bytes: int
+    forward_rate: float
+    extract_rate: float
+    read_rate: float
+
+    @property
+    def fits(self) -> bool:
+        return self.store_bytes <= self.free_bytes
+
+    @property
+    def break_even(self) -> int | None:
+        """The least number of runs, one teacher pass each, for which extracting once and reading in every run costs
+        less than asking the teacher in every run; None where reading is no faster than the teacher."""
+        saved = 1 / self.forward_rate - 1 / self.read_rate
+        return math.floor(1 / self.extract_rate / saved) + 1 if saved > 0 else None
+
+
+def make_plan(config: ExtractConfig, progress: Progress | None = None) -> Plan:
+    """Count and measure. Nothing is left on the disk. Raises what `extract` raises."""
+    folder = require_folder(config.store)
+    prepared = prepare(config)
+    lengths = np.array([len(sample) for sample in prepared.tokens], np.int32)
+    with progress or progress_bar() as bar, tempfile.TemporaryDirectory(dir=folder, prefix=".kvpipe-plan-") as scratch:
+        part = replace(config, store=Path(scratch) / "part.zarr")
+        forward, extract, read = _rates(part, prepared.first(MEASURED_TOKENS), bar)
+    return Plan(
+        samples=len(lengths),
+        tokens=int(lengths.sum()),
+        truncated=prepared.truncated,
+        store_bytes=stored_bytes(lengths, prepared.geometry, config.codec),
+        raw_bytes=stored_bytes(lengths, prepared.every_layer, "raw"),
+        free_bytes=shutil.disk_usage(folder).free,
+        forward_rate=forward,
+        extract_rate=extract,
+        read_rate=read,
+    )
+
+
+def _rates(config: ExtractConfig, prepared: Prepared, bar: Progress) -> tuple[float, float, float]:
+    """Tokens a second of the bare forward, of the extraction and of reading, on the same samples."""
+    store = new_store(config, prepared, sample_table(prepared))
+    tokens = int(store.length.sum())
+    forward = _median(lambda: _forward_seconds(store, prepared, config.batch_size))
+    report = run_teacher(store, prepared.teacher, config.batch_size, bar)
+    reader = KVReader(store)
+    read = _median(lambda: _read_seconds(reader))
+    return tokens / forward, report.teacher_tokens / report.seconds, tokens / read
+
+
+def _median(measure: Callable[[], float]) -> float:
+    """Of three passes after one that warms up memory, kernels and threads."""
+    measure()
+    return median(measure() for _ in range(3))
+
+
+@torch.inference_mode()
+def _forward_seconds(store: KVStore, prepared: Prepared, batch_size: int | None) -> float:
+    device = prepared.teacher.device
+    windows, everything = plan_windows(store, batch_size, device), set(range(store.num_shards))
+    start = time.perf_counter()
+    for batch in plan_batches(store, windows, batch_size, device, everything):
+        read_samples(store, prepared.teacher, batch)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def _read_seconds(reader: KVReader) -> float:
+    """All samples that have KV, in batches, as a student reads them."""
+    store = reader.store
+    samples = np.setdiff1d(np.arange(store.num_samples), store.excluded)
+    start = time.perf_counter()
+    for first in range(0, len(samples), READ_BATCH):
+        reader.read(samples[first : first + READ_BATCH].tolist())
+    return time.perf_counter() - start

@@ -1,0 +1,174 @@
+"""What an extraction needs before it can write: the teacher, and the samples as it reads them."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..data.corpus import Corpus, load_corpus
+from ..data.sample import Segment
+from ..data.tokenize import TokenizedSample, tokenize
+from ..kvcache.align.layer_map import select_layers
+from ..kvcache.codec import require_codec
+from ..kvcache.create import TOKEN_BLOCK, SampleTable
+from ..kvcache.errors import ConfigError, ModelError
+from ..kvcache.layout import KVGeometry, dtype_name
+from ..kvcache.manifest import (
+    SCHEMA_VERSION,
+    DatasetIdentity,
+    Manifest,
+    TeacherIdentity,
+    hash_config,
+    hash_samples,
+    hash_tokenizer,
+    hash_weights,
+    rope_parameters,
+)
+from .extract_config import ExtractConfig
+from .models import builtin_teachers, load_teacher, load_tokenizer, resolve_device, resolve_dtype
+from .teacher_pass import capture_kv
+
+DEFAULT_MAX_TOKENS = 1024
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """`tokens` are the samples of all splits of `corpus`, in order. `every_layer` is the geometry of the KV of all the
+    teacher's layers, `geometry` that of those that are kept."""
+
+    corpus: Corpus
+    tokenizer: PreTrainedTokenizerBase
+    teacher: PreTrainedModel
+    tokens: list[TokenizedSample]
+    manifest: Manifest
+    every_layer: KVGeometry
+
+    @property
+    def geometry(self) -> KVGeometry:
+        return replace(self.every_layer, num_layers=len(self.manifest.layers))
+
+    def first(self, max_tokens: int) -> Prepared:
+        """A part of it: of every split samples in turn, at least one, up to about `max_tokens` in all."""
+        share = max(1, int(len(self.tokens) * max_tokens / sum(map(len, self.tokens))) // len(self.corpus.splits))
+        splits = {name: members[:share] for name, members in self.corpus.splits.items()}
+        tokens, start = [], 0
+        for name, members in self.corpus.splits.items():
+            tokens += self.tokens[start : start + len(splits[name])]
+            start += len(members)
+        return replace(self, corpus=replace(self.corpus, splits=splits), tokens=tokens)
+
+    @property
+    def truncated(self) -> int:
+        """Samples that were cut at the manifest's `max_tokens`."""
+        return sum(sample.truncated for sample in self.tokens)
+
+
+def prepare(config: ExtractConfig) -> Prepared:
+    """Load the teacher and the samples. Raises ConfigError, DataError or ModelError for what the user can mend."""
+    if config.batch_size is not None and config.batch_size < 1:
+        raise ConfigError("no such batch", expected="at least 1", found=config.batch_size, remedy="Mend --batch-size")
+    device, dtype = resolve_device(config.device), resolve_dtype(config.dtype)
+    require_codec(config.codec)
+    corpus = load_corpus(config.dataset, config.samples, config.eval_samples, config.seed)
+    source: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+    tokenizer = load_tokenizer(config.model, **source)
+    teacher = load_teacher(config.model, dtype=dtype, device=device, **source)
+    max_tokens = _max_tokens(config.max_tokens, teacher)
+    tokens = list(tokenize(chain.from_iterable(corpus.splits.values()), tokenizer, max_tokens))
+    _require_vocabulary(teacher, tokens)
+    manifest = _manifest(config, teacher, tokenizer, corpus, max_tokens)
+    return Prepared(corpus, tokenizer, teacher, tokens, manifest, _probe(teacher, tokens[0]))
+
+
+def sample_table(prepared: Prepared) -> SampleTable:
+    """What a store keeps of the samples beside their KV."""
+    corpus, tokens = prepared.corpus, prepared.tokens
+    names = tuple(corpus.splits)
+    samples = [(names.index(split), sample) for split, members in corpus.splits.items() for sample in members]
+    length = np.array([len(t) for t in tokens], dtype=np.int32)
+    shape = (len(tokens), -(-int(length.max()) // TOKEN_BLOCK) * TOKEN_BLOCK)
+    table = SampleTable(
+        records=[asdict(sample) for _, sample in samples],
+        split_names=names,
+        split=np.array([split for split, _ in samples], dtype=np.int8),
+        length=length,
+        input_ids=np.zeros(shape, np.int32),
+        segment_ids=np.full(shape, Segment.PADDING, np.int8),
+        spans=np.zeros((*shape, 2), np.int32),
+    )
+    for row, sample in enumerate(tokens):
+        table.input_ids[row, : len(sample)] = sample.input_ids
+        table.segment_ids[row, : len(sample)] = sample.segment_ids
+        table.spans[row, : len(sample)] = sample.spans
+    return table
+
+
+def _max_tokens(requested: int | None, teacher: PreTrainedModel) -> int:
+    positions = getattr(teacher.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if requested is None:
+        return min(DEFAULT_MAX_TOKENS, positions or DEFAULT_MAX_TOKENS)
+    if requested < 2 or (positions and requested > positions):
+        raise ConfigError(
+            "the teacher cannot read samples of this length",
+            expected=f"2 to {positions or 'any number of'} tokens",
+            found=requested,
+            remedy="Mend --max-tokens",
+        )
+    return requested
+
+
+def _require_vocabulary(teacher: PreTrainedModel, tokens: list[TokenizedSample]) -> None:
+    """Raise ModelError for a tokenizer that is not the teacher's own."""
+    size, largest = teacher.get_input_embeddings().num_embeddings, max(int(t.input_ids.max()) for t in tokens)
+    if largest >= size:
+        raise ModelError(
+            "the teacher's vocabulary is smaller than its tokenizer's",
+            expected=f"token ids below {size}",
+            found=largest,
+            remedy="Put the model's own tokenizer beside it",
+        )
+
+
+def _manifest(
+    config: ExtractConfig,
+    teacher: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    corpus: Corpus,
+    max_tokens: int,
+) -> Manifest:
+    samples = [{"split": split, **asdict(s)} for split, members in corpus.splits.items() for s in members]
+    rope = rope_parameters(teacher.config)
+    return Manifest(
+        schema_version=SCHEMA_VERSION,
+        teacher=TeacherIdentity(
+            name=config.model if config.model in builtin_teachers() else Path(config.model).name,
+            revision=getattr(teacher.config, "_commit_hash", None) or config.revision or "",
+            config_hash=hash_config(teacher.config),
+            weights_hash=hash_weights(teacher.state_dict().items()),
+        ),
+        tokenizer_hash=hash_tokenizer(tokenizer),
+        dataset=DatasetIdentity(corpus.name, len(samples), hash_samples(samples)),
+        dtype=dtype_name(teacher.dtype),
+        codec=config.codec,
+        layers=select_layers(config.layers, teacher.config.get_text_config(decoder=True).num_hidden_layers),
+        eviction="none",
+        key_position="post-rope" if rope else "none",
+        rope=rope,
+        max_tokens=max_tokens,
+        seed=config.seed,
+    )
+
+
+@torch.inference_mode()
+def _probe(teacher: PreTrainedModel, sample: TokenizedSample) -> KVGeometry:
+    """Heads, channels and dtype of the KV as they are, not as the config says: head_dim is often its own."""
+    ids = torch.from_numpy(sample.input_ids[:2].astype(np.int64))[None].to(teacher.device)
+    pairs = capture_kv(teacher, ids, torch.ones_like(ids))
+    _, num_kv_heads, _, head_dim = pairs[0][0].shape
+    return KVGeometry(len(pairs), num_kv_heads, head_dim, pairs[0][0].dtype)

@@ -1,0 +1,55 @@
+"""What is planned is what is paid; and nothing stays of the measurement."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from kvpipe.pipeline.extract import extract
+from kvpipe.pipeline.extract_config import ExtractConfig
+from kvpipe.pipeline.plan import Plan, make_plan
+
+PLAN = Plan(
+    samples=10,
+    tokens=1000,
+    truncated=0,
+    store_bytes=10,
+    raw_bytes=20,
+    free_bytes=10,
+    forward_rate=100.0,
+    extract_rate=50.0,
+    read_rate=1000.0,
+)
+
+
+@pytest.mark.parametrize(("codec", "layers"), [("raw", "all"), ("int4", "ratio:2")])
+def test_the_plan_is_what_the_extraction_takes(tmp_path: Path, codec: str, layers: str) -> None:
+    config = ExtractConfig(
+        "qwen", tmp_path / "here" / "x.zarr", samples=60, eval_samples=8, max_tokens=60, codec=codec, layers=layers
+    )
+    plan = make_plan(config)
+    assert list(tmp_path.iterdir()) == []
+    store = extract(config).store
+    assert (plan.samples, plan.tokens, plan.truncated) == (76, store.length.sum(), store.truncated)
+    files = [path for shard in range(store.num_shards) for path in store.shard_paths(shard)]
+    written = sum(path.stat().st_size for path in files)
+    assert plan.store_bytes <= written < 1.01 * plan.store_bytes
+    assert plan.store_bytes < plan.raw_bytes if codec == "int4" else plan.store_bytes == plan.raw_bytes
+    assert min(plan.forward_rate, plan.extract_rate, plan.read_rate) > 0
+
+
+@pytest.mark.parametrize("runs", range(1, 6))
+def test_from_the_break_even_on_the_store_is_cheaper(runs: int) -> None:
+    """In seconds: 20 to extract and 1 a run to read, or 10 a run for the teacher."""
+    assert PLAN.break_even is not None
+    assert (20 + 1 * runs < 10 * runs) == (runs >= PLAN.break_even)
+
+
+def test_a_teacher_as_fast_as_the_disk_needs_no_store() -> None:
+    assert replace(PLAN, read_rate=100.0).break_even is None
+
+
+def test_what_does_not_fit_is_said() -> None:
+    assert PLAN.fits
+    assert not replace(PLAN, store_bytes=11).fits
