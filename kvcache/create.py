@@ -18,6 +18,7 @@ from .codec import require_codec
 from .files import PARTIAL, remove_tree
 from .integrity import metadata_checksums, seal
 from .layout import KVGeometry, dtype_name
+from .ledger import Ledger
 from .manifest import Manifest
 from .side_arrays import add_array
 from .store import ATTRIBUTE, KVStore
@@ -52,9 +53,9 @@ def create_store(
     *,
     tokenizer_files: Mapping[str, bytes],
     truncated: int,
-    shard_bytes: int,
+    samples_per_shard: int,
 ) -> KVStore:
-    """An empty store of about `shard_bytes` of raw KV a shard. It appears at `path` whole or not at all.
+    """An empty store. It appears at `path` whole or not at all.
 
     Raises ConfigError for a codec that is unknown or cannot hold this geometry.
     """
@@ -63,7 +64,7 @@ def create_store(
     remove_tree(building)
     try:
         group = zarr.create_group(building, zarr_format=3)
-        _create_kv(group, manifest, table, geometry, shard_bytes)
+        _create_kv(group, manifest, table, geometry, samples_per_shard)
         checksums = _create_side_arrays(group, table, tokenizer_files)
         group.attrs[ATTRIBUTE] = seal(
             {
@@ -89,14 +90,10 @@ def stored_bytes(lengths: NDArray[np.int32], geometry: KVGeometry, codec: str) -
     return int((-(-lengths.astype(np.int64) // TOKEN_BLOCK)).sum()) * block
 
 
-def _create_kv(
-    group: zarr.Group, manifest: Manifest, table: SampleTable, geometry: KVGeometry, shard_bytes: int
-) -> None:
+def _create_kv(group: zarr.Group, manifest: Manifest, table: SampleTable, geometry: KVGeometry, samples: int) -> None:
     num_samples, max_length = table.input_ids.shape
     blocks = max_length // TOKEN_BLOCK
-    # Whatever the codec, a shard holds the same samples: batches then come in the same order, and runs pair.
-    mean_bytes = stored_bytes(table.length, geometry, "raw") / num_samples
-    samples = int(min(max(shard_bytes // mean_bytes, 1), num_samples))
+    samples = min(samples, num_samples)
     plain = {"serializer": BytesCodec(endian="little"), "compressors": [Crc32cCodec()], "filters": None}
     for name, part in require_codec(manifest.codec).parts(geometry, TOKEN_BLOCK).items():
         group.create_array(
@@ -110,11 +107,12 @@ def _create_kv(
             attributes={"logical_dtype": dtype_name(geometry.dtype)} if name == "kv" else None,
             **plain,
         )
+    shape, chunks, dtype = Ledger.array(num_samples, samples, blocks)
     group.create_array(
         "ledger",
-        shape=(num_samples, 1 + blocks),
-        chunks=(samples, 1 + blocks),
-        dtype=np.int64,
+        shape=shape,
+        chunks=chunks,
+        dtype=dtype,
         fill_value=0,
         dimension_names=("sample", "entry"),
         **plain,

@@ -4,6 +4,7 @@ chunks as zeros."""
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +26,11 @@ class Ledger:
         self._folder = folder
         self._layout = layout
         self._lengths = lengths
+
+    @staticmethod
+    def array(num_samples: int, samples: int, blocks: int) -> tuple[tuple[int, int], tuple[int, int], np.dtype[Any]]:
+        """Shape, chunks and dtype of the array of a store whose shards hold `samples` of at most `blocks` blocks."""
+        return (num_samples, 1 + blocks), (samples, 1 + blocks), np.dtype(np.int64)
 
     def path(self, shard: int) -> Path:
         """The file of a shard's entry."""

@@ -23,6 +23,7 @@ class TeacherIdentity:
 
     name: str
     revision: str
+    num_layers: int
     config_hash: str
     weights_hash: str
 

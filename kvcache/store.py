@@ -53,6 +53,9 @@ class KVStore:
         blocks = max_length // block
         for name, part in self.parts.items():
             _require_part(open_array(group, name), part, self.num_samples, samples, blocks)
+        ledger = open_array(group, "ledger")
+        if (ledger.shape, ledger.chunks, ledger.dtype) != Ledger.array(self.num_samples, samples, blocks):
+            raise ValueError(f"the ledger of {ledger.shape} {ledger.dtype} is not one of {samples} samples a shard")
         self.layouts = {name: part.layout(block, samples, blocks) for name, part in self.parts.items()}
         self.layout = self.layouts["kv"]
         if len(self.manifest.layers) != num_layers:

@@ -68,6 +68,20 @@ def require_same_tokenizer(config: DistillConfig, student: PreTrainedModel, num_
         )
 
 
+def stored_layers(store: KVStore, layer_map: Sequence[int]) -> tuple[int, ...]:
+    """Where in a store the teacher's layers of a map are. Raises StoreError naming those that it does not keep."""
+    kept = store.manifest.layers
+    if missing := sorted(set(layer_map) - set(kept)):
+        raise StoreError(
+            f"{store.path} lacks layers that the student learns from",
+            expected=", ".join(map(str, sorted(set(layer_map)))),
+            found=", ".join(map(str, kept)),
+            remedy=f"Extract again with --layers ratio:{len(layer_map)}, or all, into a new place (missing: "
+            f"{', '.join(map(str, missing))})",
+        )
+    return tuple(kept.index(layer) for layer in layer_map)
+
+
 def require_positions(student: PreTrainedModel, store: KVStore) -> None:
     """Raise StoreError for samples longer than the student can read."""
     limit = getattr(student.config.get_text_config(decoder=True), "max_position_embeddings", None)

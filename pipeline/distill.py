@@ -26,7 +26,7 @@ from ..kvcache.lock import only_writer
 from ..kvcache.manifest import hash_json, hash_weights
 from ..kvcache.store import KVStore
 from .callbacks import MetricsFile, TrainingProgress
-from .compatibility import require_learnable, require_positions, require_same_tokenizer, train_indices
+from .compatibility import require_learnable, require_positions, require_same_tokenizer, stored_layers, train_indices
 from .config import DistillConfig
 from .distiller import KVDistiller
 from .evaluate import evaluate_answers, evaluate_tokens
@@ -34,7 +34,7 @@ from .models import load_student, resolve_device, tokenizer_from_files
 from .progress import progress_bar
 from .ranks import require_one_process
 from .run_directory import RunDirectory, run_identity
-from .run_record import costs, description
+from .run_record import costs, description, store_read
 from .trainer import DistillTrainer
 from .training_data import KVDataset, teacher_moments
 
@@ -91,13 +91,7 @@ def distill(
         _save(parts, run)
         record = {
             "name": run_dir.name,
-            "store": {
-                "path": str(store_path),
-                "manifest": store.manifest.hash,
-                "codec": store.codec.name,
-                "lossy": store.codec.lossy,
-                "layers": list(store.manifest.layers),
-            },
+            "store": store_read(store),
             "resumed_from": resumed_from,
             "metrics": metrics,
             **description(parts.distiller, trainer, config, resolved),
@@ -145,7 +139,8 @@ def _build(config: DistillConfig, store: KVStore) -> _Parts:
         "data_order": hash_json(list(batches))[:16],
         "eval_samples": hash_json(held_out)[:16],
     }
-    layer_map = ratio_map(student.config.get_text_config(decoder=True).num_hidden_layers, store.geometry.num_layers)
+    num_layers = student.config.get_text_config(decoder=True).num_hidden_layers
+    layer_map = stored_layers(store, ratio_map(num_layers, store.manifest.teacher.num_layers))
     distiller = KVDistiller(student, _build_aligner(config, store, student, layer_map, train), config.kv_weight)
     eval_data = KVDataset(store, with_kv=True)
 

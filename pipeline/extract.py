@@ -11,6 +11,7 @@ from rich.progress import Progress
 from ..kvcache.create import SampleTable, create_store, stored_bytes
 from ..kvcache.errors import StoreError
 from ..kvcache.files import PARTIAL
+from ..kvcache.layout import KVGeometry
 from ..kvcache.lock import only_writer
 from ..kvcache.store import KVStore
 from .extract_config import ExtractConfig
@@ -38,6 +39,7 @@ def extract(config: ExtractConfig, progress: Progress | None = None) -> ExtractR
             ranks.wait()
         store = _open_or_create(config, prepared)
         if ranks.is_main:
+            _sweep(config.store)
             ranks.wait()
         with progress or progress_bar(visible=ranks.is_main) as bar:
             return run_teacher(
@@ -59,29 +61,33 @@ def _open_or_create(config: ExtractConfig, prepared: Prepared) -> KVStore:
         )
     store = KVStore.open(config.store)
     prepared.manifest.require_same(store.manifest, str(config.store))
-    # A process that was killed while Zarr wrote the attributes leaves its temporary file.
-    for orphan in config.store.glob(f"zarr.*{PARTIAL}"):
-        orphan.unlink()
     return store
+
+
+def _sweep(store: Path) -> None:
+    """A process that was killed while Zarr wrote the attributes leaves its temporary file."""
+    for orphan in store.glob(f"zarr.*{PARTIAL}"):
+        orphan.unlink()
 
 
 def new_store(config: ExtractConfig, prepared: Prepared, table: SampleTable) -> KVStore:
     """An empty store for the samples of a table, at the place that a config names."""
-    geometry, every_layer = prepared.geometry, prepared.every_layer
-    raw = min(
-        config.max_shard_bytes,
-        max(stored_bytes(table.length, every_layer, "raw") // SHARDS_OF_SMALL_STORE, MIN_SHARD_BYTES),
-    )
     return create_store(
         config.store,
         prepared.manifest,
         table,
-        geometry,
+        prepared.geometry,
         tokenizer_files=tokenizer_files(prepared.tokenizer),
         truncated=prepared.truncated,
-        # A shard holds the same samples whichever layers are kept.
-        shard_bytes=raw * geometry.num_layers // every_layer.num_layers,
+        samples_per_shard=_samples_per_shard(table, prepared.every_layer, config.max_shard_bytes),
     )
+
+
+def _samples_per_shard(table: SampleTable, every_layer: KVGeometry, max_shard_bytes: int) -> int:
+    """By raw KV of all layers: whatever is kept of them, batches come in the same order, and runs pair."""
+    num_bytes = stored_bytes(table.length, every_layer, "raw")
+    shard_bytes = min(max_shard_bytes, max(num_bytes // SHARDS_OF_SMALL_STORE, MIN_SHARD_BYTES))
+    return int(max(shard_bytes // (num_bytes / len(table.length)), 1))
 
 
 def require_folder(path: Path) -> Path:

@@ -144,11 +144,13 @@ def _manifest(
 ) -> Manifest:
     samples = [{"split": split, **asdict(s)} for split, members in corpus.splits.items() for s in members]
     rope = rope_parameters(teacher.config)
+    num_layers = teacher.config.get_text_config(decoder=True).num_hidden_layers
     return Manifest(
         schema_version=SCHEMA_VERSION,
         teacher=TeacherIdentity(
             name=config.model if config.model in builtin_teachers() else Path(config.model).name,
             revision=getattr(teacher.config, "_commit_hash", None) or config.revision or "",
+            num_layers=num_layers,
             config_hash=hash_config(teacher.config),
             weights_hash=hash_weights(teacher.state_dict().items()),
         ),
@@ -156,7 +158,7 @@ def _manifest(
         dataset=DatasetIdentity(corpus.name, len(samples), hash_samples(samples)),
         dtype=dtype_name(teacher.dtype),
         codec=config.codec,
-        layers=select_layers(config.layers, teacher.config.get_text_config(decoder=True).num_hidden_layers),
+        layers=select_layers(config.layers, num_layers),
         eviction="none",
         key_position="post-rope" if rope else "none",
         rope=rope,

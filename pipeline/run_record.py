@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ..kvcache.store import KVStore
 from .config import DistillConfig
 from .distiller import KVDistiller
 from .models import teacher_forwards
@@ -29,6 +30,17 @@ def description(
         "teacher_forwards": teacher_forwards(),
         "device": str(device),
         "versions": _versions(),
+    }
+
+
+def store_read(store: KVStore) -> dict[str, Any]:
+    """Which store, and how much of the teacher's KV it keeps."""
+    return {
+        "path": str(store.path),
+        "manifest": store.manifest.hash,
+        "codec": store.codec.name,
+        "lossy": store.codec.lossy,
+        "layers": list(store.manifest.layers),
     }
 
 

@@ -111,7 +111,7 @@ def make_manifest() -> Callable[..., Manifest]:
     def make(**changes: Any) -> Manifest:
         fields: dict[str, Any] = {
             "schema_version": 1,
-            "teacher": TeacherIdentity("tiny", "main", "c0ffee", "facade"),
+            "teacher": TeacherIdentity("tiny", "main", 2, "c0ffee", "facade"),
             "tokenizer_hash": "decade",
             "dataset": DatasetIdentity("numbers", 3, "beaded"),
             "dtype": "bfloat16",
@@ -151,21 +151,20 @@ def make_store(
         fill: bool = True,
     ) -> tuple[KVStore, Tensor]:
         geometry = KVGeometry(num_layers, num_kv_heads, head_dim, dtype)
-        blocks = sum(-(-length // TOKEN_BLOCK) for length in lengths)
-        mean_bytes = blocks * TOKEN_BLOCK * geometry.bytes_per_token / len(lengths)
         store = create_store(
             tmp_path_factory.mktemp("store") / "tiny.zarr",
             make_manifest(
                 dtype=str(dtype).removeprefix("torch."),
                 codec=codec,
                 layers=tuple(range(num_layers)),
+                teacher=TeacherIdentity("tiny", "main", num_layers, "c0ffee", "facade"),
                 dataset=DatasetIdentity("numbers", len(lengths), "beaded"),
             ),
             _sample_table(lengths, records),
             geometry,
             tokenizer_files=tokenizer_files or {},
             truncated=0,
-            shard_bytes=int(samples_per_shard * mean_bytes) + 1,
+            samples_per_shard=samples_per_shard,
         )
         kv = _random_kv(store)
         if fill:

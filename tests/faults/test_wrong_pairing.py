@@ -44,6 +44,7 @@ MakeStore = Callable[..., tuple[KVStore, Tensor]]
 FIELDS: dict[str, Any] = {
     "teacher.name": "other",
     "teacher.revision": "v2",
+    "teacher.num_layers": 5,
     "teacher.config_hash": "c0ffef",
     "teacher.weights_hash": "facadf",
     "tokenizer_hash": "decadf",

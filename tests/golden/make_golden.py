@@ -48,7 +48,7 @@ def write_golden_store(path: Path) -> KVStore:
     tokens = np.arange(len(LENGTHS) * TOKENS).reshape(len(LENGTHS), TOKENS)
     manifest = Manifest(
         schema_version=SCHEMA_VERSION,
-        teacher=TeacherIdentity("golden", "main", "0" * 64, "1" * 64),
+        teacher=TeacherIdentity("golden", "main", 2, "0" * 64, "1" * 64),
         tokenizer_hash="2" * 64,
         dataset=DatasetIdentity("golden", len(LENGTHS), "3" * 64),
         dtype="bfloat16",
@@ -70,9 +70,8 @@ def write_golden_store(path: Path) -> KVStore:
         spans=np.stack([np.where(real, tokens, 0), np.where(real, tokens + 1, 0)], axis=2).astype(np.int32),
     )
     geometry = KVGeometry(LAYERS, HEADS, HEAD_DIM, torch.bfloat16)
-    two_samples = 2 * 64 * geometry.bytes_per_token
     store = create_store(
-        path, manifest, table, geometry, tokenizer_files=TOKENIZER_FILES, truncated=1, shard_bytes=two_samples
+        path, manifest, table, geometry, tokenizer_files=TOKENIZER_FILES, truncated=1, samples_per_shard=2
     )
     kv = golden_kv()
     with ShardWriter(store, range(store.num_shards)) as writer:

@@ -33,3 +33,12 @@ def test_a_lossy_store_says_so(kvpipe: Any, tmp_path: Path) -> None:
     kvpipe(*DISTILL, "--store", "x.zarr", "--output-dir", "run", cwd=tmp_path)
     store = json.loads((tmp_path / "run" / "run.json").read_text())["store"]
     assert (store["codec"], store["lossy"], store["layers"]) == ("int4", True, [0, 1, 2, 3])
+
+
+def test_a_student_of_more_layers_than_were_kept_is_refused(kvpipe: Any, tmp_path: Path) -> None:
+    """It would learn from other layers than it should, or from one of them twice."""
+    kvpipe(*EXTRACT, "--layers", "0,1", "--store", "x.zarr", cwd=tmp_path)
+    refused = kvpipe(*DISTILL, "--store", "x.zarr", "--output-dir", "run", cwd=tmp_path, code=2)
+    assert "x.zarr lacks layers that the student learns from: expected 1, 3, found 0, 1." in refused.stderr
+    assert "--layers ratio:2" in refused.stderr
+    assert not (tmp_path / "run").exists()

@@ -30,6 +30,7 @@ MakeManifest = Callable[..., Manifest]
 CHANGES: dict[str, Any] = {
     "teacher.name": "other",
     "teacher.revision": "v2",
+    "teacher.num_layers": 3,
     "teacher.config_hash": "0",
     "teacher.weights_hash": "0",
     "tokenizer_hash": "0",

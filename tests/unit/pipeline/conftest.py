@@ -15,7 +15,7 @@ import torch
 from kvpipe.data.sample import Segment
 from kvpipe.kvcache.create import TOKEN_BLOCK, SampleTable, create_store
 from kvpipe.kvcache.layout import KVGeometry, dtype_name
-from kvpipe.kvcache.manifest import DatasetIdentity, Manifest
+from kvpipe.kvcache.manifest import DatasetIdentity, Manifest, TeacherIdentity
 from kvpipe.kvcache.store import KVStore
 from kvpipe.kvcache.writer import ShardWriter
 from kvpipe.pipeline.config import DistillConfig
@@ -101,13 +101,14 @@ def make_segmented_store(
             make_manifest(
                 dtype=dtype_name(dtype),
                 layers=tuple(range(layers)),
+                teacher=TeacherIdentity("tiny", "main", layers, "c0ffee", "facade"),
                 dataset=DatasetIdentity("numbers", len(lengths), "beaded"),
             ),
             table,
             geometry,
             tokenizer_files={"tokenizer.json": b"{}"},
             truncated=0,
-            shard_bytes=4 * TOKEN_BLOCK * geometry.bytes_per_token,
+            samples_per_shard=max(1, 4 * len(lengths) // sum(-(-n // TOKEN_BLOCK) for n in lengths)),
         )
         with ShardWriter(store, range(store.num_shards)) as writer:
             for index, sample in enumerate(kv):
