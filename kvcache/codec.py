@@ -77,12 +77,8 @@ class Codec(ABC):
         """The arrays, by name, for blocks of so many tokens."""
 
     @abstractmethod
-    def encode(self, chunks: Chunks) -> list[Tensor]:
-        """One tensor `[N, ...]` for every part. A scale that float16 cannot hold is infinite."""
-
-    @abstractmethod
     def decode(self, parts: Sequence[Tensor], dtype: torch.dtype) -> Chunks:
-        """What `encode` was given, as near as the codec keeps it."""
+        """The KV that was kept, as near as the codec keeps it, from one tensor `[N, ...]` for every part."""
 
     def _kv(self, geometry: KVGeometry, block: int, dtype: Any) -> Part:
         heads, packed = geometry.num_kv_heads, self.packed(geometry.head_dim)
@@ -104,19 +100,16 @@ class Raw(Codec):
     def parts(self, geometry: KVGeometry, block: int) -> dict[str, Part]:
         return {"kv": self._kv(geometry, block, np.dtype(STORAGE_DTYPES[geometry.dtype]).newbyteorder("<"))}
 
-    def encode(self, chunks: Chunks) -> list[Tensor]:
-        return [chunks]
-
     def decode(self, parts: Sequence[Tensor], dtype: torch.dtype) -> Chunks:
         (chunks,) = parts
         return chunks.view(dtype)
 
 
 class Scaled(Codec):
-    """Codes of `bits` bits, packed along the channels, and `scales` float16 numbers for every group."""
+    """Codes of `bits` bits, packed along the channels, and some float16 scales for every group."""
 
     bits: int
-    scales: int
+    scales_per_group: int
 
     def packed(self, head_dim: int) -> int:
         if head_dim * self.bits % 8:
@@ -133,10 +126,11 @@ class Scaled(Codec):
 
     def parts(self, geometry: KVGeometry, block: int) -> dict[str, Part]:
         groups = geometry.num_layers * geometry.num_kv_heads * (geometry.head_dim + block)
-        scale = Part((1, 1, self.scales * groups), np.dtype("<f2"), ("sample", "block", "scale"))
+        scale = Part((1, 1, self.scales_per_group * groups), np.dtype("<f2"), ("sample", "block", "scale"))
         return {"kv": self._kv(geometry, block, np.uint8), "kv_scale": scale}
 
     def encode(self, chunks: Chunks) -> list[Tensor]:
+        """One tensor `[N, ...]` for every part. A scale that float16 cannot hold is infinite."""
         found = [self._encode(chunks[:, :, kind].float(), dim) for kind, dim in ((0, -2), (1, -1))]
         codes = torch.stack([self._pack(codes) for codes, _ in found], dim=2)
         scales = [scale.flatten(1) for _, group in found for scale in group]
@@ -147,11 +141,11 @@ class Scaled(Codec):
         count, num_layers, _, heads, block, width = packed.shape
         head_dim = self.head_dim(width)
         shapes = {0: (num_layers, heads, 1, head_dim), 1: (num_layers, heads, block, 1)}
-        sizes = [math.prod(shape) for shape in shapes.values() for _ in range(self.scales)]
+        sizes = [math.prod(shape) for shape in shapes.values() for _ in range(self.scales_per_group)]
         groups = iter(scales.view(count, -1).split(sizes, dim=1))
         out = torch.empty((count, num_layers, 2, heads, block, head_dim), dtype=dtype, device=packed.device)
         for kind, shape in shapes.items():
-            own = [next(groups).unflatten(1, shape).float() for _ in range(self.scales)]
+            own = [next(groups).unflatten(1, shape).float() for _ in range(self.scales_per_group)]
             out[:, :, kind] = self._decode(self._unpack(packed[:, :, kind]), own)
         return out
 
@@ -182,7 +176,7 @@ class Scaled(Codec):
 class Integer(Scaled):
     """Evenly spaced over the span of a group: `code / (2**bits - 1) * span + least`."""
 
-    scales = 2
+    scales_per_group = 2
 
     def __init__(self, bits: int) -> None:
         self.name, self.bits = f"int{bits}", bits
@@ -211,7 +205,7 @@ class Float8(Scaled):
 
     name = "fp8"
     bits = 8
-    scales = 1
+    scales_per_group = 1
     LARGEST = torch.finfo(torch.float8_e4m3fn).max
 
     def _encode(self, numbers: Float[Tensor, ...], dim: int) -> tuple[Tensor, list[Tensor]]:

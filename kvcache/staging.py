@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Int, Shaped, UInt8
 from torch import Tensor
 
-from .codec import Codec
+from .codec import Codec, Scaled
 from .shard import ShardLayout
 
 Pairs = list[tuple[Tensor, Tensor]]
@@ -48,7 +48,7 @@ class Staging:
         targets = [torch.empty_like(part, device=first.device) for part in records] if first.is_cuda else records
         rooms = [part[..., : layout.chunk_bytes] for part, layout in zip(targets, layouts.values(), strict=True)]
         finite = _finite(pairs, lengths)
-        if codec.lossy:
+        if isinstance(codec, Scaled):
             finite &= self._encode(pairs, codec, rooms, layouts["kv"].block, lengths.tolist())
         else:
             chunks = rooms[0].view(first.dtype).unflatten(-1, _chunk_shape(pairs, layouts["kv"].block))
@@ -62,7 +62,7 @@ class Staging:
         return records, finite.to("cpu", non_blocking=True)
 
     def _encode(
-        self, pairs: Pairs, codec: Codec, rooms: Sequence[Tensor], block: int, lengths: list[int]
+        self, pairs: Pairs, codec: Scaled, rooms: Sequence[Tensor], block: int, lengths: list[int]
     ) -> Bool[Tensor, " B"]:
         first, shape = pairs[0][0], _chunk_shape(pairs, block)
         chunks = self._memory("laid out", (*rooms[0].shape[:2], *shape), first.dtype, device=first.device)

@@ -42,8 +42,8 @@ class ShardWriter:
     a model that computes on every core stands still for as long as one of them is taken, and longer (measured in
     `benchmarks/extraction.py`). What remains of a shard, flushing it to the disk, is the thread's in both cases.
 
-    A sample with NaN or infinity is never written as good: it is left out of its shard for good, and listed in
-    `excluded`; with `on_nonfinite="stop"` it raises ModelError instead.
+    A sample with NaN or infinity is never written as good: it is left out of its shard for good, as the
+    ledger says; with `on_nonfinite="stop"` it raises ModelError instead.
 
     Batches may come in any order; samples of shards that are not in `shards` are ignored. Memory is bounded by
     `queue_size + 1` batches. A failure in the thread is raised, as the error it was, by the next `put` or by
@@ -55,7 +55,6 @@ class ShardWriter:
     ) -> None:
         self.bytes_written = 0
         self.wait_seconds = 0.0
-        self.excluded: list[int] = []
         self._on_nonfinite = on_nonfinite
         self._store = store
         self._pending = set(shards)
@@ -183,21 +182,24 @@ class ShardWriter:
                 blocks = layout.blocks_of(file.lengths[position])
                 file.add(position, [part[row, :blocks] for part in data])
             else:
-                self._exclude(index)
+                self._require_exclusion(index)
                 file.exclude(position)
             if file.remaining == 0:
                 self._pending.discard(shard)
                 finish(shard)
 
-    def _exclude(self, index: int) -> None:
-        if self._on_nonfinite == "stop":
-            raise ModelError(
-                f"the teacher's KV of sample {self._store.records[index]['id']} is not finite",
-                expected="numbers",
-                found="NaN or infinity",
-                remedy="Choose a --dtype with more range, or leave such samples out with --on-nonfinite exclude",
-            )
-        self.excluded.append(index)
+    def _require_exclusion(self, index: int) -> None:
+        """Raise ModelError where a sample that is not finite is to stop the extraction."""
+        if self._on_nonfinite == "exclude":
+            return
+        lossy = self._store.codec.lossy
+        raise ModelError(
+            f"the teacher's KV of sample {self._store.records[index]['id']} is not finite",
+            expected="numbers",
+            found="NaN or infinity" + (", or scales beyond float16" if lossy else ""),
+            remedy=f"Choose a --dtype with more range{' or --codec raw' if lossy else ''}, "
+            "or leave such samples out with --on-nonfinite exclude",
+        )
 
     def _file(self, shard: int) -> ShardFile:
         if shard not in self._files:

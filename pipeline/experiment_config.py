@@ -150,9 +150,10 @@ def _stores(document: Mapping[str, Any], path: Path) -> dict[str, ExtractConfig]
         key = f"stores.{_name(name, 'stores', path)}"
         if not isinstance(changes, dict):
             raise _refuse(path, key, "a table", repr(changes))
-        table = {**own, **changes}
+        # A store of its own has a place of its own.
+        table = {**{option: value for option, value in own.items() if option != "store"}, **changes}
         stores[name] = _extract_config(table, path, key, f"{table.get('model')}-{name}")
-    places = [store.store for store in stores.values()]
+    places = [store.store for store in (_extract_config(own, path), *stores.values())]
     if len(set(places)) < len(places):
         raise _refuse(path, "stores", "a place of its own for every store", ", ".join(map(str, places)))
     return stores
@@ -173,7 +174,7 @@ def _arms(
         recipe = {**base, **overrides}
         if "store" in recipe:
             arm_stores[name] = recipe.pop("store")
-            if arm_stores[name] not in stores:
+            if arm_stores[name] not in list(stores):
                 raise _refuse(path, f"{key}.store", " or ".join(stores) or "a table [stores]", arm_stores[name])
         arms[name] = DistillConfig.from_mapping(recipe, f"{path}: {key}")
     return arms, arm_stores
@@ -208,7 +209,7 @@ def _comparison(entry: Any, arms: Mapping[str, DistillConfig], path: Path) -> Qu
     if len(pair) != 2:
         raise _refuse(path, "comparisons", f"a different arm and control from {', '.join(arms)}", entry)
     margin = entry.get("margin")
-    if margin is not None and not (isinstance(margin, int | float) and 0 < margin < float("inf")):
+    if margin is not None and not (type(margin) in (int, float) and 0 < margin < float("inf")):
         raise _refuse(path, "comparisons", "a margin above 0", margin)
     return Question(entry["arm"], entry["control"], margin)
 

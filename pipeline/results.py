@@ -36,7 +36,7 @@ class RunResult:
 class Savings:
     """Measured seconds, and what they would have been with the teacher in every run.
 
-    `online_seconds` is R * (T + S) from the same measured T and S: one teacher pass a run. A loop that
+    `online_seconds` takes the same measured parts, with a pass of its store's teacher in every run. A loop that
     asks the teacher again each epoch would cost more.
     """
 
@@ -84,7 +84,7 @@ def collect(config: ExperimentConfig, outcome: ExperimentRuns, runs_dir: Path) -
         failures=outcome.failures,
         wall_seconds=outcome.wall_seconds,
         comparisons={metric: _compare_all(config, runs, metric) for metric in _metrics(config)},
-        savings=_savings(runs, stores),
+        savings=_savings(config, runs, stores),
         stores=[store.summary() for store in stores],
         commands={
             arm: shlex.join(["kvpipe", "distill", "--store", str(config.store_of(arm).store), *recipe.flags()])
@@ -153,14 +153,15 @@ def arm_summary(results: Results, metric: str) -> Mapping[str, tuple[float, floa
     return found
 
 
-def _savings(runs: list[RunResult], stores: list[KVStore]) -> Savings:
-    with_kv = [run.record["seconds"]["total"] for run in runs if run.record["config"]["mode"] != "none"]
-    teacher = sum(float(store.extraction["seconds"]) for store in stores)
-    student = float(np.mean(with_kv)) if with_kv else 0.0
+def _savings(config: ExperimentConfig, runs: list[RunResult], stores: list[KVStore]) -> Savings:
+    teacher = {store.path: float(store.extraction["seconds"]) for store in stores}
+    with_kv = [run for run in runs if run.record["config"]["mode"] != "none"]
+    students = [float(run.record["seconds"]["total"]) for run in with_kv]
+    own_teachers = [teacher[config.store_of(run.arm).store] for run in with_kv]
     return Savings(
-        teacher_seconds=teacher,
-        student_seconds=student,
+        teacher_seconds=sum(teacher.values()),
+        student_seconds=float(np.mean(students)) if students else 0.0,
         runs=len(with_kv),
-        offline_seconds=teacher + float(sum(with_kv)),
-        online_seconds=len(with_kv) * (teacher + student),
+        offline_seconds=sum(teacher.values()) + sum(students),
+        online_seconds=sum(own_teachers) + sum(students),
     )

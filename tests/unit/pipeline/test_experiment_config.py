@@ -106,6 +106,11 @@ def test_arms_may_read_stores_of_their_own(write: Write) -> None:
     }
 
 
+def test_a_store_of_its_own_is_not_at_the_place_of_the_first(write: Write) -> None:
+    text = GOOD.replace(BASE, BASE + SMALL).replace("samples = 40", 'store = "here/kv.zarr"')
+    assert load_experiment(write(text)).stores["small"].store == Path("stores/qwen-small.zarr")
+
+
 def test_the_codecs_are_compared_within_a_margin(root: Path) -> None:
     experiment = load_experiment(root / "experiments" / "codecs.toml")
     assert {experiment.store_of(arm).codec for arm in experiment.arms} == {"raw", "int8", "int4", "int2"}
@@ -126,6 +131,17 @@ BROKEN = {
         BASE + SMALL + 'store = "a"\n[stores.other]\nstore = "a"\n',
         "stores: expected a place of its own",
     ),
+    "a store in the place of the first": (
+        BASE,
+        BASE + SMALL + 'store = "stores/qwen.zarr"\n',
+        "stores: expected a place of its own",
+    ),
+    "a store that is a list": (
+        'mode = "flat"',
+        'mode = "flat"\nstore = ["small"]',
+        "arms.flat.store: expected a table",
+    ),
+    "a margin that is true": (COMPARISON, COMPARISON + "margin = true\n", "expected a margin above 0, found True"),
     "a margin of nothing": (COMPARISON, COMPARISON + "margin = 0\n", "comparisons: expected a margin above 0, found 0"),
     "a margin of words": (COMPARISON, COMPARISON + "margin = 'x'\n", "comparisons: expected a margin above 0, found x"),
     "not TOML": ("[3, 1]", "[3, 1", "not TOML"),
