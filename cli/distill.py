@@ -15,13 +15,15 @@ def distill(
         str, typer.Option("--mode", help="structured, flat, or none (cross-entropy only).", rich_help_panel=ALIGNMENT)
     ] = "structured",
     store: Annotated[
-        Path | None, typer.Option(help="The teacher's KV. [default: the only store under stores/]")
+        Path | None, typer.Option(help="The teacher's KV. \\[default: the only store under stores/]")
     ] = None,
     student: Annotated[str, typer.Option(help="A built-in name, a folder, a config.json or a Hub id.")] = "tiny",
     random_init: Annotated[
         bool, typer.Option("--random-init", help="Start from random weights even where there are trained ones.")
     ] = False,
-    output_dir: Annotated[Path | None, typer.Option(help="The run's folder. [default: runs/<mode>-seed<seed>]")] = None,
+    output_dir: Annotated[
+        Path | None, typer.Option(help="The run's folder. \\[default: runs/<mode>-seed<seed>]")
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a run that is already there.")] = False,
     direction: Annotated[
         str,
@@ -49,7 +51,7 @@ def distill(
     kv_weight: Annotated[float, typer.Option(help="Weight of the KV loss.", rich_help_panel=TRAINING)] = 1.0,
     learning_rate: Annotated[float, typer.Option(help="Of the student.", rich_help_panel=TRAINING)] = 1e-3,
     aligner_learning_rate: Annotated[
-        float | None, typer.Option(help="[default: 5 times the student's]", rich_help_panel=TRAINING)
+        float | None, typer.Option(help="\\[default: 5 times the student's]", rich_help_panel=TRAINING)
     ] = None,
     weight_decay: Annotated[float, typer.Option(help="Of AdamW.", rich_help_panel=TRAINING)] = 0.01,
     warmup_ratio: Annotated[float, typer.Option(help="Share of the steps.", rich_help_panel=TRAINING)] = 0.05,
@@ -64,11 +66,11 @@ def distill(
     ] = -1,
     samples: Annotated[
         int | None,
-        typer.Option(help="Use the first so many training samples. [default: all]", rich_help_panel=TRAINING),
+        typer.Option(help="Use the first so many training samples. \\[default: all]", rich_help_panel=TRAINING),
     ] = None,
     save_steps: Annotated[
         int | None,
-        typer.Option(min=1, help="Steps between checkpoints. [default: one an epoch]", rich_help_panel=TRAINING),
+        typer.Option(min=1, help="Steps between checkpoints. \\[default: one an epoch]", rich_help_panel=TRAINING),
     ] = None,
     on_collapse: Annotated[
         str,

@@ -22,9 +22,11 @@ def run(
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Replace a value of the file, e.g. extract.samples=200."),
     ] = None,
-    jobs: Annotated[int | None, typer.Option(help="Runs side by side. [default: one a core, or one on a GPU]")] = None,
-    report_dir: Annotated[Path | None, typer.Option(help="[default: reports/<name>]")] = None,
-    runs_dir: Annotated[Path | None, typer.Option(help="[default: runs/<name>]")] = None,
+    jobs: Annotated[
+        int | None, typer.Option(help="Runs side by side. \\[default: one a core, or one on a GPU]")
+    ] = None,
+    report_dir: Annotated[Path | None, typer.Option(help="\\[default: reports/<name>]")] = None,
+    runs_dir: Annotated[Path | None, typer.Option(help="\\[default: runs/<name>]")] = None,
 ) -> None:
     """Extract if needed, run what is missing, and write the report. Finished runs are not repeated."""
     from ..kvcache.errors import ConfigError

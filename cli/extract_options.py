@@ -1,11 +1,14 @@
-"""The options that `kvpipe extract` and `kvpipe plan` share."""
+"""The options that `kvpipe extract` and `kvpipe plan` share, and what they make."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from ..pipeline.extract_config import ExtractConfig
 
 Model = Annotated[
     str, typer.Option("--model", help="Teacher: a built-in name (`kvpipe models`), a folder or a Hub id.")
@@ -13,16 +16,16 @@ Model = Annotated[
 DatasetName = Annotated[
     str, typer.Option("--dataset", help="word-problems (built in), a .jsonl file, or a Hub data set.")
 ]
-Store = Annotated[Path | None, typer.Option("--store", help="Where the store goes. [default: stores/<model>.zarr]")]
+Store = Annotated[Path | None, typer.Option("--store", help="Where the store goes. \\[default: stores/<model>.zarr]")]
 Samples = Annotated[
     int | None,
-    typer.Option("--samples", help="Limit of training samples. [default: 4000 built-in ones, or a whole file]"),
+    typer.Option("--samples", help="Limit of training samples. \\[default: 4000 built-in ones, or a whole file]"),
 ]
 EvalSamples = Annotated[int, typer.Option("--eval-samples", help="Held-out samples for each of validation and test.")]
 MaxTokens = Annotated[
     int | None,
     typer.Option(
-        "--max-tokens", help="Longer samples are cut, and counted. [default: 1024, or what the model can read]"
+        "--max-tokens", help="Longer samples are cut, and counted. \\[default: 1024, or what the model can read]"
     ),
 ]
 BatchSize = Annotated[
@@ -44,3 +47,12 @@ Layers = Annotated[
 Revision = Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit of a Hub model.")]
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Let a Hub model run its own code.")]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of the built-in data set.")]
+
+
+def extract_config(*, model: str, store: Path | None, batch_size: str, **options: Any) -> ExtractConfig:
+    """The extraction that a command line asks for; `options` are fields of ExtractConfig as they are."""
+    from ..pipeline.extract_config import ExtractConfig, default_store
+    from .parse import batch_size_or_auto
+
+    place = store or default_store(model)
+    return ExtractConfig(model=model, store=place, batch_size=batch_size_or_auto(batch_size), **options)

@@ -2,85 +2,59 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import TYPE_CHECKING
+
 import typer
 
-from .extract_options import (
-    BatchSize,
-    CodecName,
-    DatasetName,
-    Device,
-    Dtype,
-    EvalSamples,
-    Layers,
-    MaxTokens,
-    Model,
-    Revision,
-    Samples,
-    Seed,
-    Store,
-    TrustRemoteCode,
-)
+from . import extract_options as option
+
+if TYPE_CHECKING:
+    from ..pipeline.plan import Plan
 
 
 def plan(
-    model: Model,
-    dataset: DatasetName = "word-problems",
-    store: Store = None,
-    samples: Samples = None,
-    eval_samples: EvalSamples = 256,
-    max_tokens: MaxTokens = None,
-    batch_size: BatchSize = "auto",
-    dtype: Dtype = "auto",
-    device: Device = "auto",
-    codec: CodecName = "raw",
-    layers: Layers = "all",
-    revision: Revision = None,
-    trust_remote_code: TrustRemoteCode = False,
-    seed: Seed = 0,
+    model: option.Model,
+    dataset: option.DatasetName = "word-problems",
+    store: option.Store = None,
+    samples: option.Samples = None,
+    eval_samples: option.EvalSamples = 256,
+    max_tokens: option.MaxTokens = None,
+    batch_size: option.BatchSize = "auto",
+    dtype: option.Dtype = "auto",
+    device: option.Device = "auto",
+    codec: option.CodecName = "raw",
+    layers: option.Layers = "all",
+    revision: option.Revision = None,
+    trust_remote_code: option.TrustRemoteCode = False,
+    seed: option.Seed = 0,
 ) -> None:
     """Say what `extract` with the same options will take: space, time, and after how many runs it pays off.
 
     Speeds are measured on a few samples, on this machine and where the store would lie; nothing stays there.
     """
-    from ..pipeline.extract_config import ExtractConfig, default_store
+    options = locals()
     from ..pipeline.plan import make_plan
-    from .parse import batch_size_or_auto
 
-    place = store or default_store(model)
-    found = make_plan(
-        ExtractConfig(
-            model=model,
-            store=place,
-            dataset=dataset,
-            samples=samples,
-            eval_samples=eval_samples,
-            max_tokens=max_tokens,
-            dtype=dtype,
-            device=device,
-            batch_size=batch_size_or_auto(batch_size),
-            revision=revision,
-            trust_remote_code=trust_remote_code,
-            seed=seed,
-            codec=codec,
-            layers=layers,
-        )
-    )
-    rows = {
-        "samples": f"{found.samples:,}, {found.tokens:,} tokens"
-        + (f", {found.truncated:,} cut (--max-tokens)" if found.truncated else ""),
-        "bytes a token": f"{found.store_bytes / found.tokens:,.0f}, {found.store_bytes / found.raw_bytes:.2f} of raw "
-        "KV of all layers",
-        "store": f"{_bytes(found.store_bytes)} at {place}, {_bytes(found.free_bytes)} free: "
-        + ("it fits" if found.fits else "it does not fit"),
-        "teacher alone": _time(found.tokens, found.forward_rate),
-        "extraction": _time(found.tokens, found.extract_rate),
-        "reading it": _time(found.tokens, found.read_rate),
-        "pays off": f"from {found.break_even} runs on, of one teacher pass each"
-        if found.break_even
-        else "never: reading is no faster than the teacher here",
-    }
-    for name, value in rows.items():
+    config = option.extract_config(**options)
+    for name, value in _rows(make_plan(config), config.store).items():
         typer.echo(f"{name:22} {value}")
+
+
+def _rows(plan: Plan, place: Path) -> dict[str, str]:
+    cut = f", {plan.truncated:,} cut (--max-tokens)" if plan.truncated else ""
+    share = plan.store_bytes / plan.raw_bytes
+    free = f"{_bytes(plan.free_bytes)} free: {'it fits' if plan.fits else 'it does not fit'}"
+    never = "never: reading is no faster than the teacher here"
+    return {
+        "samples": f"{plan.samples:,}, {plan.tokens:,} tokens{cut}",
+        "bytes a token": f"{plan.store_bytes / plan.tokens:,.0f}, {share:.2f} of raw KV of all layers",
+        "store": f"{_bytes(plan.store_bytes)} at {place}, {free}",
+        "teacher alone": _time(plan.tokens, plan.forward_rate),
+        "extraction": _time(plan.tokens, plan.extract_rate),
+        "reading it": _time(plan.tokens, plan.read_rate),
+        "pays off": f"from {plan.break_even} runs on, of one teacher pass each" if plan.break_even else never,
+    }
 
 
 def _time(tokens: int, rate: float) -> str:

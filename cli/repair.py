@@ -11,10 +11,10 @@ import typer
 def repair(
     store: Annotated[Path, typer.Argument(help="A store written by `kvpipe extract`.")],
     model: Annotated[
-        str | None, typer.Option(help="The store's teacher: a folder or a Hub id. [default: the built-in one]")
+        str | None, typer.Option(help="The store's teacher: a folder or a Hub id. \\[default: the built-in one]")
     ] = None,
     batch_size: Annotated[
-        int | None, typer.Option(min=1, help="Samples in a forward pass. [default: as when it was extracted]")
+        int | None, typer.Option(min=1, help="Samples in a forward pass. \\[default: as when it was extracted]")
     ] = None,
     device: Annotated[str, typer.Option(help="auto (CUDA where there is one), cpu, cuda or cuda:N.")] = "auto",
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub model.")] = None,

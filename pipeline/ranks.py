@@ -14,7 +14,7 @@ import torch.distributed as dist
 from ..kvcache.errors import ConfigError, KVPipeError
 
 PATIENCE = timedelta(days=7)
-"""The shares of two ranks may differ by hours; a rank that died is noticed at once."""
+"""The shares of two ranks may differ by hours; that one has died is noticed where the others wait for it."""
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -93,6 +94,19 @@ def test_savings_are_measured_sums(make_experiment: MakeExperiment) -> None:
     assert savings.teacher_seconds == 12.5
     assert savings.student_seconds == pytest.approx(8.5)
     assert savings.offline_seconds == pytest.approx(12.5 + 4 * 8.5)
+    assert savings.online_seconds == pytest.approx(4 * (12.5 + 8.5))
+
+
+def test_an_online_run_pays_for_the_teacher_of_its_own_store_alone(
+    make_experiment: MakeExperiment, make_segmented_store: Callable[..., Any]
+) -> None:
+    finished = make_experiment(ARMS, seeds=2)
+    other, _ = make_segmented_store([5, 9, 12])
+    stores = {"other": replace(finished.config.extract, store=other.path)}
+    config = replace(finished.config, stores=stores, arm_stores={"flat": "other"})
+    savings = collect(config, finished.outcome, finished.runs_dir).savings
+    assert savings.teacher_seconds == 2 * 12.5
+    assert savings.offline_seconds == pytest.approx(2 * 12.5 + 4 * 8.5)
     assert savings.online_seconds == pytest.approx(4 * (12.5 + 8.5))
 
 
