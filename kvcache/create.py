@@ -73,7 +73,8 @@ def create_store(
                 "split_names": list(table.split_names),
                 "truncated_samples": truncated,
                 "tokenizer_files": list(tokenizer_files),
-                "checksums": checksums | metadata_checksums(building),
+                "checksums": checksums,
+                "metadata": metadata_checksums(building),
             }
         )
         building.rename(path)

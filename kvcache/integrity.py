@@ -1,9 +1,9 @@
-"""Checksums of all that a store holds besides the KV, whose chunks the ledger guards: no flipped bit, no file of
-another array, no edited attribute goes unseen."""
+"""Checksums of all but the KV, whose chunks the ledger guards: no flipped bit, no file of another array, no edited
+attribute goes unseen."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,41 +12,54 @@ import numpy as np
 from .manifest import hash_json
 from .shard import crc32c
 
-METADATA = "zarr.json"
+PIECE_BYTES = 2**22
 _SEAL = "seal"
 
-
-def metadata_checksums(store: Path) -> dict[str, int]:
-    """crc32c of every array's and inner group's metadata file, by its path in the store."""
-    files = sorted(path for path in store.rglob(METADATA) if path.parent != store)
-    return {path.relative_to(store).as_posix(): _checksum(path) for path in files}
+FileChecksums = Mapping[str, Mapping[str, int]]
+"""Bytes and crc32c of files, by their path in a folder."""
 
 
-def require_metadata(store: Path, checksums: Mapping[str, int]) -> None:
-    """Raise ValueError for a metadata file that is not what `metadata_checksums` saw, OSError for a missing one."""
-    for name in filter(is_metadata, checksums):
-        if _checksum(store / name) != checksums[name]:
+def metadata_checksums(store: Path) -> FileChecksums:
+    """Of the metadata of every array and inner group in a store."""
+    return file_checksums(store, (path for path in store.rglob("zarr.json") if path.parent != store))
+
+
+def file_checksums(folder: Path, files: Iterable[Path]) -> FileChecksums:
+    """Of `files`, which are in `folder`."""
+    return {
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "crc32c": _checksum(path)}
+        for path in sorted(files)
+    }
+
+
+def require_files(folder: Path, checksums: FileChecksums) -> None:
+    """Raise ValueError for a file that is missing, or not what `file_checksums` saw."""
+    for name, wanted in checksums.items():
+        path = folder / name
+        if not path.is_file():
+            raise ValueError(f"{name} is missing")
+        # First: the file may be as large as it likes.
+        if path.stat().st_size != wanted["bytes"]:
+            raise ValueError(f"{name} has {path.stat().st_size} bytes instead of {wanted['bytes']}")
+        if _checksum(path) != wanted["crc32c"]:
             raise ValueError(f"{name} fails its checksum")
 
 
-def seal(attributes: Mapping[str, Any]) -> dict[str, Any]:
-    """The attributes with a hash of themselves."""
-    content = {name: value for name, value in attributes.items() if name != _SEAL}
+def seal(document: Mapping[str, Any]) -> dict[str, Any]:
+    """A JSON object with a hash of itself."""
+    content = {name: value for name, value in document.items() if name != _SEAL}
     return {**content, _SEAL: hash_json(content)}
 
 
-def require_seal(attributes: Mapping[str, Any]) -> None:
-    """Raise ValueError for attributes that are not as `seal` left them."""
-    if seal(attributes) != attributes:
-        raise ValueError("the attributes fail their checksum")
-
-
-def is_metadata(name: str) -> bool:
-    """Whether a path in a store is that of a metadata file."""
-    return name.rsplit("/", 1)[-1] == METADATA
+def require_seal(document: Mapping[str, Any]) -> None:
+    """Raise ValueError for an object that is not as `seal` left it."""
+    if seal(document) != document:
+        raise ValueError("its seal is broken")
 
 
 def _checksum(path: Path) -> int:
-    if not path.is_file():
-        raise FileNotFoundError(f"no file at {path}")
-    return crc32c(np.frombuffer(path.read_bytes(), np.uint8))
+    checksum = 0
+    with path.open("rb") as file:
+        while piece := file.read(PIECE_BYTES):
+            checksum = crc32c(np.frombuffer(piece, np.uint8), checksum)
+    return checksum

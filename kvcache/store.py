@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from .codec import Part, require_codec
 from .errors import KVPipeError, StoreError
-from .integrity import is_metadata, require_metadata, require_seal, seal
+from .integrity import require_files, require_seal, seal
 from .layout import DIMENSION_NAMES, LOGICAL_DTYPES, KVGeometry, dtype_name
 from .ledger import Ledger
 from .manifest import Manifest, require_schema
@@ -34,7 +34,7 @@ class KVStore:
         require_schema(attributes["manifest"])
         require_seal(attributes)
         self._checksums: dict[str, int] = dict(attributes["checksums"])
-        require_metadata(path, self._checksums)
+        require_files(path, attributes["metadata"])
         self.manifest = Manifest.from_dict(attributes["manifest"])
         self.kvpipe_version: str = attributes["kvpipe_version"]
         self.truncated: int = attributes["truncated_samples"]
@@ -110,7 +110,7 @@ class KVStore:
     @property
     def side_arrays(self) -> list[str]:
         """Names of all arrays but those of the KV and its ledger."""
-        return [name for name in self._checksums if not is_metadata(name)]
+        return list(self._checksums)
 
     def read_side_array(self, name: str, shape: tuple[int, ...] | None = None) -> NDArray[Any]:
         """A whole array. Raises StoreError where it is missing, damaged or of another `shape`."""

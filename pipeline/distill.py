@@ -25,7 +25,8 @@ from ..kvcache.files import write_atomic
 from ..kvcache.lock import only_writer
 from ..kvcache.manifest import hash_json, hash_weights
 from ..kvcache.store import KVStore
-from .callbacks import MetricsFile, TrainingProgress
+from .callbacks import MetricsFile, SealedCheckpoints, TrainingProgress
+from .checkpoint import require_checkpoint
 from .compatibility import require_learnable, require_positions, require_same_tokenizer, stored_layers, train_indices
 from .config import DistillConfig
 from .distiller import KVDistiller
@@ -78,37 +79,38 @@ def distill(
     run, identity = RunDirectory(run_dir), run_identity(config, store)
     run.require_free(identity, overwrite=overwrite)
     if not overwrite and (record := run.record) is not None:
+        run.require_student()
         return record
     with only_writer(run_dir):
         parts = _build(config, store)
         # Only now, when nothing the user can mend stands in the way, does the folder change.
         run.claim(identity, overwrite=overwrite)
-        trainer = _trainer(parts, config, _arguments(config, run, resolved, save_steps), run)
+        trainer = _trainer(parts, config, _arguments(config, run, resolved, save_steps))
+        trainer.add_callback(MetricsFile(run.metrics))
+        trainer.add_callback(SealedCheckpoints(identity))
+        checkpoint = run.last_checkpoint()
+        if checkpoint is not None:
+            require_checkpoint(checkpoint, identity)
         setup_done = time.perf_counter()
-        resumed_from = _train(trainer, run, progress)
+        with progress or progress_bar() as bar:
+            trainer.add_callback(TrainingProgress(bar, run_dir.name))
+            if checkpoint is not None:
+                trainer.resume(checkpoint)
+            else:
+                trainer.train()
         train_done = time.perf_counter()
         metrics = _final_metrics(parts, store, config, run, trainer.state.global_step)
         _save(parts, run)
         record = {
             "name": run_dir.name,
             "store": store_read(store),
-            "resumed_from": resumed_from,
+            "resumed_from": checkpoint.name if checkpoint is not None else None,
             "metrics": metrics,
             **description(parts.distiller, trainer, config, resolved),
             "pairing": parts.pairing,
             **costs(trainer, started, setup_done, train_done),
         }
-        run.finish(record)
-    return record
-
-
-def _train(trainer: DistillTrainer, run: RunDirectory, progress: Progress | None) -> str | None:
-    """Train to the end; returns the name of the checkpoint it went on from, if there was one."""
-    checkpoint = run.last_checkpoint()
-    with progress or progress_bar() as bar:
-        trainer.add_callback(TrainingProgress(bar, run.path.name))
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    return checkpoint.name if checkpoint else None
+        return run.finish(record)
 
 
 @dataclass(frozen=True)
@@ -152,8 +154,8 @@ def _build(config: DistillConfig, store: KVStore) -> _Parts:
     return _Parts(distiller, tokenizer, data, batches, held_out, evaluate, pairing)
 
 
-def _trainer(parts: _Parts, config: DistillConfig, arguments: TrainingArguments, run: RunDirectory) -> DistillTrainer:
-    trainer = DistillTrainer(
+def _trainer(parts: _Parts, config: DistillConfig, arguments: TrainingArguments) -> DistillTrainer:
+    return DistillTrainer(
         parts.distiller,
         arguments,
         config,
@@ -161,8 +163,6 @@ def _trainer(parts: _Parts, config: DistillConfig, arguments: TrainingArguments,
         parts.batches,
         lambda distiller: parts.evaluate(distiller)[0],
     )
-    trainer.add_callback(MetricsFile(run.metrics))
-    return trainer
 
 
 def _build_aligner(
@@ -213,7 +213,6 @@ def _arguments(
         eval_strategy="epoch",
         save_strategy="epoch" if save_steps is None else "steps",
         save_steps=save_steps or 1,
-        save_total_limit=1,
         use_cpu=device.type == "cpu",
         dataloader_pin_memory=device.type == "cuda",
         remove_unused_columns=False,
@@ -243,7 +242,7 @@ def _final_metrics(
         text, exact = answers.get(index, (None, None))
         line = {"id": store.records[index]["id"], "ce": ce, "generated": text, "exact": exact}
         lines.append(f"{json.dumps(line)}\n")
-    write_atomic(run.path / "predictions.jsonl", "".join(lines).encode())
+    write_atomic(run.predictions, "".join(lines).encode())
     exact_match = sum(exact for _, exact in answers.values()) / len(answers) if answers else None
     return {**tokens, "exact_match": exact_match}
 

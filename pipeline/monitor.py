@@ -62,13 +62,13 @@ class CollapseMonitor:
 
     def save(self, folder: Path) -> None:
         """Write `monitor.json`: a resumed run is still held against its start."""
-        initial = asdict(self.initial) if self.initial is not None else None
-        (folder / "monitor.json").write_text(json.dumps(initial))
+        health = [asdict(health) if health is not None else None for health in (self.initial, self.latest)]
+        (folder / "monitor.json").write_text(json.dumps(health))
 
     def load(self, folder: Path) -> None:
         """Put back what `save` wrote."""
-        initial = json.loads((folder / "monitor.json").read_text())
-        self.initial = TargetHealth(**initial) if initial is not None else None
+        health = json.loads((folder / "monitor.json").read_text())
+        self.initial, self.latest = (TargetHealth(**found) if found is not None else None for found in health)
 
     def error(self) -> CollapseError:
         """What happened, for the user. Only after `collapsed`."""

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 from ..kvcache.errors import ConfigError
 from ..kvcache.files import PARTIAL, write_atomic
+from ..kvcache.integrity import file_checksums, require_files, require_seal, seal
 from ..kvcache.manifest import first_difference
 from ..kvcache.store import KVStore
+from .checkpoint import SEAL
 from .config import DistillConfig
 
 
@@ -25,16 +28,29 @@ class RunDirectory:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.metrics = path / "metrics.jsonl"
+        self.predictions = path / "predictions.jsonl"
         self.student = path / "student"
         self.checkpoints = path / "checkpoints"
 
     @property
     def record(self) -> dict[str, Any] | None:
-        """`run.json`, or None while the run is not finished."""
-        record = _read(self.path / "run.json")
-        if record is not None and "metrics" not in record:
-            raise _damaged(self.path / "run.json", "a record without metrics")
-        return record
+        """`run.json`, or None while the run is not finished. Raises ConfigError where it is damaged, or what it counts
+        on is."""
+        path = self.path / "run.json"
+        if not path.exists():
+            return None
+        try:
+            record = json.loads(path.read_bytes())
+            require_seal(record)
+            require_files(self.path, record["files"])
+        except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
+            raise self._not_whole(error) from error
+        return dict(record)
+
+    def require_student(self) -> None:
+        """Raise ConfigError for a finished run whose student is gone."""
+        if not (self.student / "config.json").is_file():
+            raise self._not_whole("no student/")
 
     def claim(self, identity: dict[str, Any], *, overwrite: bool) -> None:
         """Take the folder for a run. With `overwrite` the run in it goes first."""
@@ -53,10 +69,10 @@ class RunDirectory:
         if not self._holds_run():
             if self.path.is_dir() and any(path.suffix != PARTIAL for path in self.path.iterdir()):
                 raise ConfigError(
-                    f"{self.path} is not a run directory",
+                    f"{self.path} is not a run directory, or its config.json is damaged",
                     expected="an empty folder, or one with a run's config.json",
                     found="other files",
-                    remedy="Choose another --output-dir",
+                    remedy="Choose another --output-dir, or delete this one",
                 )
         elif not overwrite:
             self._require_same(identity)
@@ -78,14 +94,26 @@ class RunDirectory:
             )
 
     def last_checkpoint(self) -> Path | None:
-        """The latest whole checkpoint: `trainer_state.json` is written last, and an object once it is whole."""
-        states = self.checkpoints.glob("checkpoint-[0-9]*/trainer_state.json")
-        found = [path for path in states if _parse(path) is not None]
-        return max((path.parent for path in found), key=lambda path: int(path.name.split("-")[1]), default=None)
+        """The latest checkpoint that was written to its end."""
+        found = {}
+        for path in self.checkpoints.glob(f"checkpoint-*/{SEAL}"):
+            if step := re.fullmatch(r"checkpoint-([0-9]+)", path.parent.name):
+                found[int(step[1])] = path.parent
+        return found[max(found)] if found else None
 
-    def finish(self, record: dict[str, Any]) -> None:
-        """Write `run.json`: the run is done."""
-        write_atomic(self.path / "run.json", _pretty(record))
+    def finish(self, record: dict[str, Any]) -> dict[str, Any]:
+        """Write `run.json`, with checksums of the files that say how the run went: it is done."""
+        sealed = seal({**record, "files": file_checksums(self.path, (self.metrics, self.predictions))})
+        write_atomic(self.path / "run.json", _pretty(sealed))
+        return sealed
+
+    def _not_whole(self, found: object) -> ConfigError:
+        return ConfigError(
+            f"{self.path} is damaged",
+            expected="a finished run",
+            found=found,
+            remedy=f"Delete {self.path / 'run.json'}: the same command then goes on from the run's last checkpoint",
+        )
 
 
 def _pretty(document: dict[str, Any]) -> bytes:
@@ -99,20 +127,3 @@ def _parse(path: Path) -> dict[str, Any] | None:
     except (FileNotFoundError, ValueError, RecursionError):
         return None
     return document if isinstance(document, dict) else None
-
-
-def _read(path: Path) -> dict[str, Any] | None:
-    """A JSON object; None where there is no file. Raises ConfigError for a file that holds anything else."""
-    document = _parse(path)
-    if document is None and path.exists():
-        raise _damaged(path, "something else")
-    return document
-
-
-def _damaged(path: Path, found: str) -> ConfigError:
-    return ConfigError(
-        f"{path} is damaged",
-        expected="the JSON object that kvpipe wrote",
-        found=found,
-        remedy="Start the run again with --overwrite",
-    )

@@ -13,7 +13,7 @@ from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerState
 
 from ..data.batching import ShuffledBatches
 from ..kvcache.errors import DivergenceError
@@ -139,6 +139,20 @@ class DistillTrainer(Trainer):
         return metrics
 
     # ------------------------------------------------------------------ checkpoints
+
+    def resume(self, checkpoint: Path) -> None:
+        """Train on from a checkpoint. One of the last step is taken as it is: Trainer would take one step more."""
+        with reading(checkpoint):
+            state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+            if not isinstance(state.log_history, list):
+                raise TypeError("its history is no list")
+            ended = state.global_step >= state.max_steps
+        if not ended:
+            self.train(resume_from_checkpoint=str(checkpoint))
+            return
+        self._load_from_checkpoint(str(checkpoint))
+        self.state = state
+        self.callback_handler.on_train_begin(self.args, self.state, self.control)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         folder = Path(output_dir or self.args.output_dir)

@@ -30,14 +30,16 @@ from kvpipe.data.errors import DataError
 from kvpipe.data.sample import Sample
 from kvpipe.data.word_problems import generate
 from kvpipe.kvcache.errors import KVPipeError
-from kvpipe.kvcache.integrity import is_metadata, metadata_checksums, seal
+from kvpipe.kvcache.integrity import metadata_checksums, seal
 from kvpipe.kvcache.reader import KVReader
 from kvpipe.kvcache.side_arrays import add_array
 from kvpipe.kvcache.store import KVStore
 from kvpipe.kvcache.verify import require_side_arrays, verify_shards
 from kvpipe.pipeline.builtin_teacher import train_tokenizer
+from kvpipe.pipeline.checkpoint import seal_checkpoint
 from kvpipe.pipeline.models import tokenizer_files, tokenizer_from_files
 from kvpipe.pipeline.training_data import KVDataset
+from safetensors.torch import load_file, save_file
 
 if TYPE_CHECKING:
     from .conftest import Tally
@@ -246,8 +248,7 @@ class Forgery:
         self.attributes["checksums"][f"tokenizer/{name}"] = 0
 
     def finish(self) -> None:
-        kept = {name: value for name, value in self.attributes["checksums"].items() if not is_metadata(name)}
-        self.attributes["checksums"] = kept | metadata_checksums(self.path)
+        self.attributes["metadata"] = metadata_checksums(self.path)
         self.root["attributes"]["kvpipe"] = seal(self.attributes)
         (self.path / "zarr.json").write_text(json.dumps(self.root))
 
@@ -478,8 +479,8 @@ def forge(sound: Path, folder: Path, name: str) -> Path:
     return forgery.path
 
 
-DISTILL = ["distill", "--store", "x.zarr", "--mode", "flat", "--max-steps", 1, "--max-new-tokens", 2]
-DISTILL += ["--output-dir", "run"]
+DISTILL = ["distill", "--store", "x.zarr", "--mode", "flat", "--max-new-tokens", 2, "--output-dir", "run"]
+DISTILL += ["--batch-size", 1, "--max-steps", 1]
 COMMANDS = (["verify", "x.zarr"], DISTILL)
 
 
@@ -568,7 +569,32 @@ def _overwrite(name: str, content: bytes) -> Callable[[Path], object]:
 def _foreign_checkpoint(run: Path) -> None:
     folder = run / "checkpoints" / "checkpoint-final"
     folder.mkdir()
-    (folder / "trainer_state.json").write_text("{}")
+    (folder / "checkpoint.json").write_text("{}")
+
+
+def _edit(name: str, **changes: Any) -> Callable[[Path], object]:
+    """Change some values in a JSON file of the checkpoint."""
+
+    def change(run: Path) -> None:
+        (file,) = run.glob(f"checkpoints/*/{name}")
+        file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+    return change
+
+
+def _without_a_tensor(name: str) -> Callable[[Path], object]:
+    def change(run: Path) -> None:
+        (file,) = run.glob(f"checkpoints/*/{name}")
+        tensors = load_file(file)
+        del tensors[min(tensors)]
+        save_file(tensors, file)
+
+    return change
+
+
+def _renamed(run: Path) -> None:
+    (folder,) = run.glob("checkpoints/checkpoint-*")
+    folder.rename(folder.with_name("checkpoint-999"))
 
 
 DEEP = b"[" * 100_000
@@ -582,7 +608,22 @@ RUNS: dict[str, Callable[[Path], object]] = {
     "optimizer is empty": _overwrite("checkpoints/*/optimizer.json", b"{}"),
     "optimizer is not JSON": _overwrite("checkpoints/*/optimizer.json", b"\xff"),
     "optimizer is not safetensors": _overwrite("checkpoints/*/optimizer.safetensors", b"\xff" * 64),
+    "optimizer of words": _edit("optimizer.json", param_groups="all", scheduler="x"),
+    "optimizer of no groups": _edit("optimizer.json", param_groups=[]),
+    "schedule of other attributes": _edit("optimizer.json", scheduler={"step": None, "last_epoch": "x"}),
+    "optimizer lacks a tensor": _without_a_tensor("optimizer.safetensors"),
     "weights are not safetensors": _overwrite("checkpoints/*/model.safetensors", b"\xff" * 64),
+    "weights lack a tensor": _without_a_tensor("model.safetensors"),
+    "state is empty": _overwrite("checkpoints/*/trainer_state.json", b"{}"),
+    "state of another step": _edit("trainer_state.json", global_step=1),
+    "state of more steps": _edit("trainer_state.json", max_steps=10**9),
+    "state of a word of steps": _edit("trainer_state.json", max_steps="many"),
+    "state with a history of words": _edit("trainer_state.json", log_history="x"),
+    "state of other names": _edit("trainer_state.json", other=1),
+    "state of other callbacks": _edit("trainer_state.json", stateful_callbacks={"TrainerControl": {"args": {"x": 1}}}),
+    "monitor of words": _overwrite("checkpoints/*/monitor.json", b'["a", "b"]'),
+    "random state of words": _overwrite("checkpoints/*/rng_state_0.json", b'{"python": 1}'),
+    "checkpoint of another step": _renamed,
     "config is deep": _overwrite("config.json", DEEP),
     "config is not UTF-8": _overwrite("config.json", b"\xff"),
     "record is a list": lambda run: (run / "run.json").write_bytes(b"[]"),
@@ -594,24 +635,50 @@ RUNS: dict[str, Callable[[Path], object]] = {
 
 @pytest.fixture(scope="module")
 def interrupted(reader: Reader, sound: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a store and a run that has a checkpoint, and is not finished."""
+    """A folder with a store and a run that has a checkpoint, and a step to go."""
     folder = tmp_path_factory.mktemp("interrupted")
     shutil.copytree(sound, folder / "x.zarr")
     answer = reader.command(*DISTILL, cwd=folder)
     assert answer["code"] == 0, answer["output"]
-    (folder / "run" / "run.json").unlink()
+    run = folder / "run"
+    (run / "run.json").unlink()
+    identity = json.loads((run / "config.json").read_text())
+    identity["config"]["max_steps"] = 2
+    (run / "config.json").write_text(json.dumps(identity))
+    _edit("trainer_state.json", max_steps=2)(run)
+    seal_checkpoint(run / "checkpoints" / "checkpoint-1", identity)
     return folder
 
 
+def go_on(reader: Reader, folder: Path) -> dict[str, Any]:
+    return reader.command(*DISTILL[:-1], 2, cwd=folder)
+
+
+@pytest.mark.parametrize("resealed", [False, True], ids=["", "resealed"])
 def test_a_forged_run_is_refused_or_harmless(
-    reader: Reader, interrupted: Path, tmp_path: Path, tally: Tally, forged_run: str
+    reader: Reader, interrupted: Path, tmp_path: Path, tally: Tally, forged_run: str, resealed: bool
 ) -> None:
     shutil.copytree(interrupted, tmp_path, dirs_exist_ok=True)
     RUNS[forged_run](tmp_path / "run")
-    answer = reader.command(*DISTILL, cwd=tmp_path)
+    for seal_file in tmp_path.glob("run/checkpoints/*/checkpoint.json"):
+        if resealed:
+            seal_checkpoint(seal_file.parent, json.loads((interrupted / "run" / "config.json").read_text()))
+    answer = go_on(reader, tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"x.zarr", "run"}
     assert is_one_line(answer), f"distill ended with {answer['code']}: {answer['output'][-600:]}"
     tally.add("forged run directory", tried=1, injected=1, detected=int(answer["code"] == 2))
+
+
+def test_a_run_goes_on_and_a_huge_file_in_its_checkpoint_is_not_read(
+    reader: Reader, interrupted: Path, tmp_path: Path
+) -> None:
+    for name in ("sound", "forged"):
+        shutil.copytree(interrupted, tmp_path / name)
+    os.truncate(tmp_path / "forged" / "run" / "checkpoints" / "checkpoint-1" / "model.safetensors", 2**40)
+    assert "2 steps" in go_on(reader, tmp_path / "sound")["output"]
+    answer = go_on(reader, tmp_path / "forged")
+    assert is_one_line(answer)
+    assert "model.safetensors has 1099511627776 bytes instead of" in answer["output"]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

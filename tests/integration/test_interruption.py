@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import zarr
 
 EXTRACT = ["--samples", 120, "--eval-samples", 4, "--batch-size", 4, "--max-shard-size", "1KB", "--store", "many.zarr"]
@@ -92,16 +93,16 @@ def test_a_distillation_killed_after_a_checkpoint_ends_with_the_same_weights(
     command += ["--batch-size", config["batch_size"], "--epochs", config["epochs"], "--max-new-tokens", 8]
 
     def checkpointed() -> bool:
-        return any(run.glob("checkpoints/checkpoint-*/trainer_state.json"))
+        return any(run.glob("checkpoints/checkpoint-*/checkpoint.json"))
 
     code, _ = _stop_when(kvpipe.start(*command, cwd=tmp_path), checkpointed, signal.SIGKILL)
     assert code == -signal.SIGKILL
     assert not (run / "run.json").exists()
     # What a process leaves that is killed in the middle of a checkpoint.
-    last = max(int(path.parent.name.split("-")[1]) for path in run.glob("checkpoints/*/trainer_state.json"))
+    last = max(int(path.parent.name.split("-")[1]) for path in run.glob("checkpoints/*/checkpoint.json"))
     torn = run / "checkpoints" / f"checkpoint-{last + 6}"
     shutil.copytree(run / "checkpoints" / f"checkpoint-{last}", torn, dirs_exist_ok=True)
-    (torn / "trainer_state.json").unlink()
+    (torn / "checkpoint.json").unlink()
 
     outcome = kvpipe(*command, cwd=tmp_path)
     assert "30 steps" in outcome.stdout
@@ -113,6 +114,31 @@ def test_a_distillation_killed_after_a_checkpoint_ends_with_the_same_weights(
     for part in ("metrics", "pairing", "steps", "collapsed", "parameters"):
         assert record[part] == expected[part], part
     assert _curve(run) == _curve(whole)
+
+
+@pytest.mark.parametrize("options", [[], ["--save-steps", 2], ["--save-steps", 6]], ids=["epochs", "2", "6"])
+def test_a_run_killed_between_its_last_checkpoint_and_its_end_takes_no_step_more(
+    kvpipe: Any, store: Path, tmp_path: Path, options: list[object]
+) -> None:
+    """Epochs have three steps: the seventh lies within one, the sixth ends one."""
+    run = tmp_path / "run"
+    command = ["distill", "--mode", "flat", "--store", store, "--output-dir", run, "--batch-size", 8]
+    command += ["--max-steps", 7, "--max-new-tokens", 4, *options]
+    kvpipe(*command, cwd=tmp_path)
+    whole = {name: (run / name).read_bytes() for name in ("student/model.safetensors", "predictions.jsonl")}
+    curve, record = _curve(run), json.loads((run / "run.json").read_text())
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["checkpoint-7"]
+    assert [line["step"] for line in curve] == [3, 6, 7]
+
+    (run / "run.json").unlink()
+    shutil.rmtree(run / "student")
+    outcome = kvpipe(*command, cwd=tmp_path)
+    assert "7 steps" in outcome.stdout
+    assert {name: (run / name).read_bytes() for name in whole} == whole
+    assert _curve(run) == curve
+    again = json.loads((run / "run.json").read_text())
+    assert again["resumed_from"] == "checkpoint-7"
+    assert {part: again[part] for part in ("metrics", "steps")} == {part: record[part] for part in ("metrics", "steps")}
 
 
 def _curve(run: Path) -> list[dict[str, Any]]:

@@ -189,11 +189,12 @@ def make_experiment(
             record = _run_record(name, recipe, ce)
             edit(name, record)
             directory = RunDirectory(runs_dir / name)
-            directory.finish(record)
             logs = [{"step": step, "eval_ce": ce + 1 / step} for step in (10, 20, 40)] if curve else []
             lines = [{"step": 5, "loss": 2.0}, *logs]
+            directory.path.mkdir()
             directory.metrics.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
-            records[name] = directory.record
+            directory.predictions.write_text("")
+            records[name] = directory.finish(record)
         return FinishedExperiment(config, ExperimentRuns(records, failures, 60.0), runs_dir)
 
     return make

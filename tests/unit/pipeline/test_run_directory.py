@@ -17,14 +17,21 @@ IDENTITY: dict[str, Any] = {"config": {"mode": "flat", "seed": 0}, "store": "f00
 OTHER: dict[str, Any] = {"config": {"mode": "flat", "seed": 1}, "store": "f00"}
 
 
+def finish(run: RunDirectory) -> None:
+    run.metrics.write_text('{"step": 1}\n')
+    run.predictions.write_text('{"id": "0"}\n')
+    run.finish({"metrics": {"ce": 3}})
+
+
 def test_a_run_claims_a_new_or_empty_folder_and_may_come_back(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path / "runs" / "flat")
     run.claim(IDENTITY, overwrite=False)
     assert run.record is None
     run.claim(IDENTITY, overwrite=False)
-    run.finish({"metrics": {"ce": 3}})
+    finish(run)
     run.claim(IDENTITY, overwrite=False)
-    assert run.record == {"metrics": {"ce": 3}}
+    assert run.record is not None
+    assert run.record["metrics"] == {"ce": 3}
 
 
 def test_another_run_is_refused_by_the_field_that_differs(tmp_path: Path) -> None:
@@ -38,7 +45,7 @@ def test_another_run_is_refused_by_the_field_that_differs(tmp_path: Path) -> Non
 def test_overwrite_replaces_a_run_and_all_that_it_left(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path)
     run.claim(IDENTITY, overwrite=False)
-    run.finish({"metrics": {"ce": 3}})
+    finish(run)
     run.claim(OTHER, overwrite=True)
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
@@ -52,23 +59,57 @@ def test_a_folder_that_is_no_run_is_never_touched(tmp_path: Path, name: str, ove
     assert (tmp_path / name).read_text() == '{"model_type": "qwen3"}'
 
 
-def test_a_damaged_record_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["run.json", "metrics.jsonl", "predictions.jsonl"])
+def test_every_flipped_bit_of_a_finished_run_is_seen(tmp_path: Path, name: str) -> None:
     run = RunDirectory(tmp_path)
     run.claim(IDENTITY, overwrite=False)
-    (tmp_path / "run.json").write_text('{"steps": ')
-    with pytest.raises(ConfigError, match=r"run\.json is damaged"):
-        _ = run.record
+    finish(run)
+    whole = (tmp_path / name).read_bytes()
+    for bit in range(8 * len(whole)):
+        damaged = bytearray(whole)
+        damaged[bit // 8] ^= 1 << bit % 8
+        (tmp_path / name).write_bytes(damaged)
+        if name == "run.json" and _same_json(damaged, whole):
+            continue
+        with pytest.raises(ConfigError, match=r"damaged: expected a finished run, found .*\. Delete .*run\.json"):
+            _ = run.record
+    (tmp_path / name).write_bytes(whole)
+    assert run.record is not None
 
 
-def test_the_last_whole_checkpoint_is_the_one_to_resume(tmp_path: Path) -> None:
+def _same_json(damaged: bytes, whole: bytes) -> bool:
+    """One kind of white space in another's place."""
+    try:
+        return bool(json.loads(damaged) == json.loads(whole))
+    except ValueError:
+        return False
+
+
+@pytest.mark.parametrize("document", ["[]", "{}", "null", '{"seal": 3}', '{"steps": '])
+def test_a_record_that_is_none_is_refused(tmp_path: Path, document: str) -> None:
+    (tmp_path / "run.json").write_text(document)
+    with pytest.raises(ConfigError, match="damaged"):
+        _ = RunDirectory(tmp_path).record
+
+
+def test_a_finished_run_without_its_student_is_refused(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    with pytest.raises(ConfigError, match="no student/"):
+        run.require_student()
+    run.student.mkdir()
+    (run.student / "config.json").touch()
+    run.require_student()
+
+
+def test_the_last_sealed_checkpoint_is_the_one_to_resume(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path)
     assert run.last_checkpoint() is None
-    for step, state in ((9, "{}"), (100, "{}"), (250, None), (300, '{"global_st')):
+    for step, sealed in (("9", True), ("100", True), ("250", False), ("final", True), ("1x", True), ("٣٠٠", True)):
         folder = run.checkpoints / f"checkpoint-{step}"
         folder.mkdir(parents=True)
         (folder / "model.safetensors").touch()
-        if state is not None:
-            (folder / "trainer_state.json").write_text(state)
+        if sealed:
+            (folder / "checkpoint.json").touch()
     assert run.last_checkpoint() == run.checkpoints / "checkpoint-100"
 
 
