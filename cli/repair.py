@@ -21,6 +21,7 @@ def repair(
     trust_remote_code: Annotated[bool, typer.Option(help="Let a Hub model run its own code.")] = False,
 ) -> None:
     """Find a store's damaged shards and write exactly those anew, with its teacher."""
+    from ..kvcache.verify import describe
     from ..pipeline.repair import repair as run
 
     mended = run(
@@ -31,6 +32,6 @@ def repair(
         revision=revision,
         trust_remote_code=trust_remote_code,
     )
-    for damage in mended:
-        typer.echo(f"mended: {damage}")
+    for line in describe(mended):
+        typer.echo(f"mended: {line}")
     typer.echo(f"{store}: {len(mended)} shards written anew." if mended else f"{store} is sound; nothing to do.")

@@ -11,7 +11,7 @@ import typer
 def verify(store: Annotated[Path, typer.Argument(help="A store written by `kvpipe extract`.")]) -> None:
     """Read a whole store against its checksums. Names every damaged shard and its samples."""
     from ..kvcache.store import KVStore
-    from ..kvcache.verify import require_side_arrays, require_sound
+    from ..kvcache.verify import describe, require_side_arrays, require_sound
     from ..pipeline.progress import progress_bar
     from ..pipeline.repair import find_damages
 
@@ -19,7 +19,7 @@ def verify(store: Annotated[Path, typer.Argument(help="A store written by `kvpip
     require_side_arrays(opened)
     with progress_bar() as bar:
         damages = find_damages(opened, bar)
-    for damage in damages:
-        typer.echo(damage)
+    for line in describe(damages):
+        typer.echo(line)
     require_sound(opened, damages)
     typer.echo(f"{store} is sound: {opened.num_shards} shards, {opened.num_samples} samples.")

@@ -11,7 +11,7 @@ class KVPipeError(Exception):
     def __init__(self, problem: str, *, expected: object = None, found: object = None, remedy: str) -> None:
         message = problem
         if expected is not None or found is not None:
-            message += f": expected {expected}, found {found}"
+            message += f": expected {expected}, found {'nothing' if found == '' else found}"
         super().__init__(f"{message}. {remedy}")
 
 

@@ -13,46 +13,53 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import StoreError
+from .integrity import PIECE_BYTES
 from .shard import CRC_BYTES, NO_CHUNK, ShardLayout, crc32c, read_index
 from .store import KVStore
 
-PIECE_BYTES = 2**22
+UNWRITTEN = "not written yet"
 
 
 @dataclass(frozen=True)
 class Damage:
-    """One shard that is not what was written; `samples` are the positions that cannot be trusted."""
+    """One shard that is not what it should be; `samples` are the positions that cannot be trusted."""
 
     shard: int
     samples: tuple[int, ...]
     problem: str
 
     def __str__(self) -> str:
-        """On one line; runs of samples as `first-last`."""
-        runs = np.split(self.samples, np.flatnonzero(np.diff(self.samples) != 1) + 1)
-        words = [f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs]
-        return f"shard {self.shard}, samples {', '.join(words)}: {self.problem}"
+        return f"shard {self.shard}, samples {_ranges(self.samples)}: {self.problem}"
 
 
 def verify_shards(store: KVStore) -> Iterator[Damage | None]:
     """Every shard in turn, read by a few threads: its first damage, or None for a sound one.
 
-    Shards that were never finished are damage too. Raises StoreError where the samples' lengths are damaged.
+    Shards that were never finished are UNWRITTEN. Raises StoreError where the samples' lengths are damaged.
     """
     lengths = store.length.tolist()
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1), thread_name_prefix="kvpipe-verify") as threads:
         yield from threads.map(lambda shard: _verify(store, lengths, shard), range(store.num_shards))
 
 
+def describe(damages: Sequence[Damage]) -> list[str]:
+    """A line for every damaged shard, and one for all that are not written yet."""
+    unwritten = [damage.shard for damage in damages if damage.problem == UNWRITTEN]
+    lines = [str(damage) for damage in damages if damage.problem != UNWRITTEN]
+    return lines + ([f"shards not written yet: {_ranges(unwritten)}"] if unwritten else [])
+
+
 def require_sound(store: KVStore, damages: Sequence[Damage]) -> None:
-    """Raise StoreError where any shard is damaged."""
-    if damages:
+    """Raise StoreError where any shard is damaged, or not written yet."""
+    damaged = [damage.shard for damage in damages if damage.problem != UNWRITTEN]
+    if damaged:
         raise StoreError(
             f"{store.path} is damaged",
             expected=f"{store.num_shards} sound shards",
-            found=f"{len(damages)} damaged: {', '.join(str(damage.shard) for damage in damages)}",
+            found=f"{len(damaged)} damaged: {_ranges(damaged)}",
             remedy="`kvpipe repair` writes these anew, given the teacher",
         )
+    store.require_complete()
 
 
 def require_side_arrays(store: KVStore) -> None:
@@ -61,9 +68,19 @@ def require_side_arrays(store: KVStore) -> None:
         store.read_side_array(name)
 
 
+def _ranges(numbers: Sequence[int]) -> str:
+    """Runs as `first-last`."""
+    runs = np.split(numbers, np.flatnonzero(np.diff(numbers) != 1) + 1)
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)
+
+
 def _verify(store: KVStore, all_lengths: Sequence[int], shard: int) -> Damage | None:
     everything = tuple(store.shard_samples(shard))
     lengths, layouts = [all_lengths[sample] for sample in everything], list(store.layouts.values())
+    if not store.ledger.path(shard).exists():
+        return Damage(shard, everything, UNWRITTEN)
+    if not store.ledger.holds(shard):
+        return Damage(shard, everything, "its ledger entry is damaged")
     try:
         checksums = store.ledger.checksums(shard)[: len(lengths)]
         if not all(path.is_file() for path in store.shard_paths(shard)):

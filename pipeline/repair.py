@@ -7,6 +7,7 @@ from pathlib import Path
 from rich.progress import Progress
 
 from ..kvcache.errors import ConfigError, StoreError
+from ..kvcache.files import remove_tree
 from ..kvcache.layout import LOGICAL_DTYPES
 from ..kvcache.lock import only_writer
 from ..kvcache.manifest import hash_config, hash_weights
@@ -51,10 +52,17 @@ def repair(
         )
         _require_same_teacher(store, hash_config(teacher.config), hash_weights(teacher.state_dict().items()))
         for damage in damages:
-            # What is not in the ledger is not there, whatever its file holds.
-            store.ledger.path(damage.shard).unlink(missing_ok=True)
+            _make_way(store, damage.shard)
         run_teacher(store, teacher, batch_size or store.extraction["batch_size"], bar)
     return damages
+
+
+def _make_way(store: KVStore, shard: int) -> None:
+    """What is not in the ledger is not there, whatever its files hold; a folder in a file's place would stay."""
+    for path in (store.ledger.path(shard), *store.shard_paths(shard)):
+        if path.is_dir() and not path.is_symlink():
+            remove_tree(path)
+    store.ledger.path(shard).unlink(missing_ok=True)
 
 
 def find_damages(store: KVStore, progress: Progress) -> list[Damage]:

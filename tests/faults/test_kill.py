@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 from kvpipe.kvcache.store import KVStore
+from kvpipe.pipeline.callbacks import read_metrics
 
 from .conftest import EXTRACT, Commands, Tally, contents
 
@@ -78,8 +79,14 @@ def test_a_distillation_killed_anywhere_ends_with_the_same_weights(
         again = json.loads((folder / "run" / "run.json").read_text())
         for part in ("metrics", "pairing", "steps", "parameters"):
             assert again[part] == record[part], (fault, part)
+        assert curve(folder) == curve(whole), fault
     assert injected > 0
     tally.add("distill killed", tried=number + 1, injected=injected, detected=injected, lost=0)
+
+
+def curve(folder: Path) -> list[dict[str, Any]]:
+    """The evaluations. (The losses between are means over the steps since the start of the process.)"""
+    return [line for line in read_metrics(folder / "run" / "metrics.jsonl") if "eval_ce" in line]
 
 
 EXPERIMENT = """

@@ -29,8 +29,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def damage(store: KVStore, shard: int, kind: int, rng: np.random.Generator) -> None:
-    """A flipped bit, a shard cut short, a lost shard, a lost ledger entry, in turn."""
-    file = store.shard_path(shard) if kind < 3 else store.ledger.path(shard)
+    """A flipped bit, a shard cut short, a lost shard, a lost ledger entry, a folder in the place of either, in turn."""
+    file = store.shard_path(shard) if kind in (0, 1, 2, 4) else store.ledger.path(shard)
     data = bytearray(file.read_bytes())
     if kind == 0:
         data[rng.integers(len(data))] ^= 1 << int(rng.integers(8))
@@ -38,6 +38,8 @@ def damage(store: KVStore, shard: int, kind: int, rng: np.random.Generator) -> N
         file.write_bytes(data[: len(data) if kind == 0 else int(rng.integers(len(data)))])
     else:
         file.unlink()
+    if kind > 3:
+        (file / "inner").mkdir(parents=True)
 
 
 def files(store: Path) -> dict[str, tuple[bytes, int]]:
@@ -56,7 +58,7 @@ def test_only_damaged_shards_are_written_and_they_are_what_they_were(
         store = KVStore.open(path)
         struck = sorted(rng.choice(store.num_shards, size=3, replace=False).tolist())
         for shard in struck:
-            damage(store, shard, int(rng.integers(4)), rng)
+            damage(store, shard, int(rng.integers(6)), rng)
         assert sorted(found.shard for found in repair(path)) == struck
         after = files(path)
         assert {name: data for name, (data, _) in after.items()} == {name: data for name, (data, _) in before.items()}
