@@ -12,7 +12,7 @@ UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**
 
 def size_in_bytes(text: str) -> int:
     """`64MB` -> 64000000."""
-    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([KMG]?I?B)", text.strip().upper())
+    match = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,15})?)\s*([KMG]?I?B)", text.strip().upper())
     size = int(float(match[1]) * UNITS[match[2]]) if match and match[2] in UNITS else 0
     if size < 1:
         raise ConfigError("no such size", expected="e.g. 64MB or 1GB", found=text, remedy="Mend --max-shard-size")
@@ -23,7 +23,7 @@ def batch_size_or_auto(text: str) -> int | None:
     """`auto` -> None, a number -> itself."""
     if text == "auto":
         return None
-    if not (text.isascii() and text.isdecimal()) or int(text) < 1:
+    if not re.fullmatch("[0-9]{1,9}", text) or int(text) < 1:
         raise ConfigError("no such batch size", expected="auto, or at least 1", found=text, remedy="Mend --batch-size")
     return int(text)
 

@@ -33,5 +33,5 @@ def repair(
         trust_remote_code=trust_remote_code,
     )
     for line in describe(mended):
-        typer.echo(f"mended: {line}")
+        typer.echo(line)
     typer.echo(f"{store}: {len(mended)} shards written anew." if mended else f"{store} is sound; nothing to do.")

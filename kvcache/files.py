@@ -40,7 +40,8 @@ class PartialFile:
             os.fsync(self._file.fileno())
             self._file.close()
             self._partial.replace(self._path)
-            _sync_directory(self._path.parent)
+            # On POSIX the directory entry has to be flushed as well.
+            flush(self._path.parent)
 
     def discard(self) -> None:
         """Close and remove what was written."""
@@ -70,6 +71,15 @@ def remove_tree(folder: Path) -> None:
         time.sleep(0.02)
 
 
+def flush(path: Path) -> None:
+    """Make a file that somebody else wrote, or the entries of a folder, durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def write_atomic(path: Path, data: bytes | memoryview) -> None:
     """Write `data` under a temporary name, flush it to the disk, then rename it into place."""
     file = PartialFile(path)
@@ -79,12 +89,3 @@ def write_atomic(path: Path, data: bytes | memoryview) -> None:
     except BaseException:
         file.discard()
         raise
-
-
-def _sync_directory(directory: Path) -> None:
-    """Make a rename durable: on POSIX the directory entry has to be flushed as well."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from .files import flush as flush_file
 from .manifest import hash_json
 from .shard import crc32c
 
@@ -24,11 +25,13 @@ def metadata_checksums(store: Path) -> FileChecksums:
     return file_checksums(store, (path for path in store.rglob("zarr.json") if path.parent != store))
 
 
-def file_checksums(folder: Path, files: Iterable[Path]) -> FileChecksums:
-    """Of `files`, which are in `folder`."""
+def file_checksums(folder: Path, files: Iterable[Path], *, flush: bool = False) -> FileChecksums:
+    """Of `files`, which are in `folder`; with `flush` they are on the disk before anything says so."""
+    files = sorted(files)
+    for path in files if flush else ():
+        flush_file(path)
     return {
-        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "crc32c": _checksum(path)}
-        for path in sorted(files)
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "crc32c": _checksum(path)} for path in files
     }
 
 

@@ -17,8 +17,6 @@ from .integrity import PIECE_BYTES
 from .shard import CRC_BYTES, NO_CHUNK, ShardLayout, crc32c, read_index
 from .store import KVStore
 
-UNWRITTEN = "not written yet"
-
 
 @dataclass(frozen=True)
 class Damage:
@@ -27,6 +25,7 @@ class Damage:
     shard: int
     samples: tuple[int, ...]
     problem: str
+    written: bool = True
 
     def __str__(self) -> str:
         return f"shard {self.shard}, samples {_ranges(self.samples)}: {self.problem}"
@@ -35,7 +34,8 @@ class Damage:
 def verify_shards(store: KVStore) -> Iterator[Damage | None]:
     """Every shard in turn, read by a few threads: its first damage, or None for a sound one.
 
-    Shards that were never finished are UNWRITTEN. Raises StoreError where the samples' lengths are damaged.
+    Shards that were never finished are damage that was not `written`. Raises StoreError where the samples' lengths are
+    damaged.
     """
     lengths = store.length.tolist()
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1), thread_name_prefix="kvpipe-verify") as threads:
@@ -44,14 +44,14 @@ def verify_shards(store: KVStore) -> Iterator[Damage | None]:
 
 def describe(damages: Sequence[Damage]) -> list[str]:
     """A line for every damaged shard, and one for all that are not written yet."""
-    unwritten = [damage.shard for damage in damages if damage.problem == UNWRITTEN]
-    lines = [str(damage) for damage in damages if damage.problem != UNWRITTEN]
-    return lines + ([f"shards not written yet: {_ranges(unwritten)}"] if unwritten else [])
+    unwritten = [damage.shard for damage in damages if not damage.written]
+    lines = [str(damage) for damage in damages if damage.written]
+    return lines + ([f"not written yet: shards {_ranges(unwritten)}"] if unwritten else [])
 
 
 def require_sound(store: KVStore, damages: Sequence[Damage]) -> None:
     """Raise StoreError where any shard is damaged, or not written yet."""
-    damaged = [damage.shard for damage in damages if damage.problem != UNWRITTEN]
+    damaged = [damage.shard for damage in damages if damage.written]
     if damaged:
         raise StoreError(
             f"{store.path} is damaged",
@@ -78,11 +78,12 @@ def _verify(store: KVStore, all_lengths: Sequence[int], shard: int) -> Damage | 
     everything = tuple(store.shard_samples(shard))
     lengths, layouts = [all_lengths[sample] for sample in everything], list(store.layouts.values())
     if not store.ledger.path(shard).exists():
-        return Damage(shard, everything, UNWRITTEN)
-    if not store.ledger.holds(shard):
-        return Damage(shard, everything, "its ledger entry is damaged")
+        return Damage(shard, everything, "not written yet", written=False)
     try:
         checksums = store.ledger.checksums(shard)[: len(lengths)]
+    except StoreError:
+        return Damage(shard, everything, "its ledger entry is damaged")
+    try:
         if not all(path.is_file() for path in store.shard_paths(shard)):
             raise FileNotFoundError("its file is missing")
         with ExitStack() as stack:
@@ -90,7 +91,7 @@ def _verify(store: KVStore, all_lengths: Sequence[int], shard: int) -> Damage | 
             for file, layout in zip(files, layouts, strict=True):
                 _require_index(file, layout, lengths, checksums)
             bad = _damaged_rows(files, layouts, lengths, checksums)
-    except (StoreError, ValueError, OSError) as error:
+    except (ValueError, OSError) as error:
         return Damage(shard, everything, str(error))
     return Damage(shard, tuple(everything[row] for row in bad), "chunks fail their checksums") if bad else None
 

@@ -1,17 +1,14 @@
-"""What a training run leaves while it goes on: a progress bar, `metrics.jsonl`, checkpoints."""
+"""What a training run leaves while it goes on: a progress bar and `metrics.jsonl`."""
 
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from rich.progress import Progress, TaskID
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-
-from .checkpoint import seal_checkpoint
 
 
 class TrainingProgress(TrainerCallback):
@@ -23,7 +20,7 @@ class TrainingProgress(TrainerCallback):
         self._losses = ""
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self._task = self._progress.add_task(self._name, total=state.max_steps, status="")
+        self._task = self._progress.add_task(self._name, total=state.max_steps, completed=state.global_step, status="")
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         assert self._task is not None
@@ -49,34 +46,6 @@ class MetricsFile(TrainerCallback):
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         with self._path.open("a") as file:
             file.write(_line(state.log_history[-1]))
-
-
-class SealedCheckpoints(TrainerCallback):
-    """A checkpoint counts once it is sealed; only then does the one before it go.
-
-    One at the end of an epoch, or of the run, waits for the evaluation there, which a resumed run would not repeat.
-    """
-
-    def __init__(self, run: Mapping[str, Any]) -> None:
-        self._run = run
-        self._waits = False
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        assert state.epoch is not None
-        is_end = state.epoch.is_integer() or state.global_step >= state.max_steps
-        self._waits = control.should_save and is_end
-        control.should_save = control.should_save and not is_end
-
-    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        control.should_save = control.should_save or self._waits
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        assert args.output_dir is not None
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        seal_checkpoint(folder, self._run)
-        for other in folder.parent.glob("checkpoint-*"):
-            if other != folder:
-                shutil.rmtree(other, ignore_errors=True)
 
 
 def _line(entry: Mapping[str, Any]) -> str:

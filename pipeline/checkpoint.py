@@ -1,11 +1,9 @@
-"""Training state as safetensors and JSON, under checksums: it is data, and nothing in it is ever unpickled."""
+"""Training state as safetensors and JSON: it is data, and nothing in it is ever unpickled."""
 
 from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,49 +13,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-
-from ..kvcache.errors import ConfigError
-from ..kvcache.files import write_atomic
-from ..kvcache.integrity import file_checksums, require_files, require_seal, seal
-from ..kvcache.manifest import first_difference
-
-SEAL = "checkpoint.json"
-
-
-def seal_checkpoint(folder: Path, run: Mapping[str, Any]) -> None:
-    """Write `checkpoint.json`: whose checkpoint this is, and what its files hold. Without it there is no checkpoint."""
-    files = file_checksums(folder, (path for path in folder.iterdir() if path.name != SEAL))
-    write_atomic(folder / SEAL, json.dumps(seal({"run": run, "files": files})).encode())
-
-
-def require_checkpoint(folder: Path, run: Mapping[str, Any]) -> None:
-    """Raise ConfigError for a checkpoint that is damaged, or of another run or step."""
-    with reading(folder):
-        document = json.loads((folder / SEAL).read_bytes())
-        require_seal(document)
-        require_files(folder, document["files"])
-        step = json.loads((folder / "trainer_state.json").read_bytes())["global_step"]
-        if folder.name != f"checkpoint-{step}":
-            raise ValueError(f"it is of step {step}")
-        if difference := first_difference(run, document["run"]):
-            name, expected, found = difference
-            raise ValueError(f"it is of another run ({name} is {found} instead of {expected})")
-
-
-@contextmanager
-def reading(folder: str | Path) -> Iterator[None]:
-    """Whatever a damaged file makes a library raise, raised as ConfigError."""
-    try:
-        yield
-    except OSError:
-        raise
-    except Exception as error:
-        raise ConfigError(
-            f"{folder} is not a checkpoint of this run, or damaged",
-            expected="the training state that kvpipe wrote",
-            found=f"{type(error).__name__}: {error}",
-            remedy="Delete it: the same command then starts the run anew",
-        ) from error
 
 
 def save_optimizer(optimizer: Optimizer, scheduler: LRScheduler, folder: Path) -> None:
@@ -80,8 +35,6 @@ def load_optimizer(optimizer: Optimizer, scheduler: LRScheduler, folder: Path) -
     for key, value in {**load_file(folder / "optimizer.safetensors"), **rest["scalars"]}.items():
         index, name = key.split(".", 1)
         state.setdefault(int(index), {})[name] = value
-    if len({frozenset(entries) for entries in state.values()}) > 1:
-        raise ValueError("optimizer.safetensors lacks some of a parameter's tensors")
     optimizer.load_state_dict({"state": state, "param_groups": rest["param_groups"]})
     scheduler.load_state_dict(rest["scheduler"])
 

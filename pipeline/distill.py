@@ -25,8 +25,7 @@ from ..kvcache.files import write_atomic
 from ..kvcache.lock import only_writer
 from ..kvcache.manifest import hash_json, hash_weights
 from ..kvcache.store import KVStore
-from .callbacks import MetricsFile, SealedCheckpoints, TrainingProgress
-from .checkpoint import require_checkpoint
+from .callbacks import MetricsFile, TrainingProgress
 from .compatibility import require_learnable, require_positions, require_same_tokenizer, stored_layers, train_indices
 from .config import DistillConfig
 from .distiller import KVDistiller
@@ -34,6 +33,7 @@ from .evaluate import evaluate_answers, evaluate_tokens
 from .models import load_student, resolve_device, tokenizer_from_files
 from .progress import progress_bar
 from .ranks import require_one_process
+from .run_checkpoints import SealedCheckpoints, last_checkpoint
 from .run_directory import RunDirectory, run_identity
 from .run_record import costs, description, store_read
 from .trainer import DistillTrainer
@@ -78,26 +78,21 @@ def distill(
     store.require_complete()
     run, identity = RunDirectory(run_dir), run_identity(config, store)
     run.require_free(identity, overwrite=overwrite)
-    if not overwrite and (record := run.record) is not None:
-        run.require_student()
+    if not overwrite and (record := run.read_record()) is not None:
+        run.require_outputs(record)
         return record
     with only_writer(run_dir):
+        checkpoint = None if overwrite else last_checkpoint(run.checkpoints, identity)
         parts = _build(config, store)
         # Only now, when nothing the user can mend stands in the way, does the folder change.
         run.claim(identity, overwrite=overwrite)
         trainer = _trainer(parts, config, _arguments(config, run, resolved, save_steps))
         trainer.add_callback(MetricsFile(run.metrics))
         trainer.add_callback(SealedCheckpoints(identity))
-        checkpoint = run.last_checkpoint()
-        if checkpoint is not None:
-            require_checkpoint(checkpoint, identity)
         setup_done = time.perf_counter()
         with progress or progress_bar() as bar:
             trainer.add_callback(TrainingProgress(bar, run_dir.name))
-            if checkpoint is not None:
-                trainer.resume(checkpoint)
-            else:
-                trainer.train()
+            trainer.run(checkpoint)
         train_done = time.perf_counter()
         metrics = _final_metrics(parts, store, config, run, trainer.state.global_step)
         _save(parts, run)

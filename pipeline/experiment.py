@@ -65,14 +65,14 @@ def run_experiment(config: ExperimentConfig, runs_dir: Path, jobs: int | None = 
                 grid.add(path, RunProcess(run.recipe, run.store, path, device=config.extract.device, threads=threads))
             time.sleep(POLL_SECONDS)
             grid.poll()
-    records = {run.name: record for run in config.runs if (record := RunDirectory(runs_dir / run.name).record)}
+    records = {run.name: record for run in config.runs if (record := RunDirectory(runs_dir / run.name).read_record())}
     return ExperimentRuns(records, grid.failures, time.perf_counter() - start if ran else 0.0)
 
 
 def _is_finished(path: Path, recipe: DistillConfig, store: KVStore) -> bool:
     """Whether the run is there already. Raises ConfigError where its folder holds another run."""
     run = RunDirectory(path)
-    if run.record is None:
+    if run.read_record() is None:
         return False
     run.require_free(run_identity(recipe, store), overwrite=False)
     return True

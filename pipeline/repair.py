@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 from rich.progress import Progress
 
 from ..kvcache.errors import ConfigError, StoreError
-from ..kvcache.files import remove_tree
 from ..kvcache.layout import LOGICAL_DTYPES
 from ..kvcache.lock import only_writer
 from ..kvcache.manifest import hash_config, hash_weights
@@ -61,7 +61,7 @@ def _make_way(store: KVStore, shard: int) -> None:
     """What is not in the ledger is not there, whatever its files hold; a folder in a file's place would stay."""
     for path in (store.ledger.path(shard), *store.shard_paths(shard)):
         if path.is_dir() and not path.is_symlink():
-            remove_tree(path)
+            shutil.rmtree(path)
     store.ledger.path(shard).unlink(missing_ok=True)
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,18 @@ from ..kvcache.files import PARTIAL, write_atomic
 from ..kvcache.integrity import file_checksums, require_files, require_seal, seal
 from ..kvcache.manifest import first_difference
 from ..kvcache.store import KVStore
-from .checkpoint import SEAL
 from .config import DistillConfig
+from .reading import reading
 
 
 def run_identity(config: DistillConfig, store: KVStore) -> dict[str, Any]:
     """What makes two runs the same run: the recipe and the store's manifest."""
     return {"config": config.to_dict(), "store": store.manifest.hash}
+
+
+def run_of(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The identity of a finished run, from its record."""
+    return {"config": record["config"], "store": record["store"]["manifest"]}
 
 
 class RunDirectory:
@@ -32,25 +37,30 @@ class RunDirectory:
         self.student = path / "student"
         self.checkpoints = path / "checkpoints"
 
-    @property
-    def record(self) -> dict[str, Any] | None:
-        """`run.json`, or None while the run is not finished. Raises ConfigError where it is damaged, or what it counts
-        on is."""
+    def read_record(self) -> dict[str, Any] | None:
+        """`run.json`, or None while the run is not finished. Raises ConfigError where it is damaged, or the curve or
+        the predictions are."""
         path = self.path / "run.json"
         if not path.exists():
             return None
-        try:
+        with reading(self.path, self._remedy):
             record = json.loads(path.read_bytes())
             require_seal(record)
-            require_files(self.path, record["files"])
-        except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
-            raise self._not_whole(error) from error
+            if run_of(record) != _parse(self.path / "config.json"):
+                raise ValueError("run.json is that of another run")
+            require_files(
+                self.path, {path.name: record["files"][path.name] for path in (self.metrics, self.predictions)}
+            )
         return dict(record)
 
-    def require_student(self) -> None:
-        """Raise ConfigError for a finished run whose student is gone."""
-        if not (self.student / "config.json").is_file():
-            raise self._not_whole("no student/")
+    def require_outputs(self, record: Mapping[str, Any]) -> None:
+        """Raise ConfigError where the student or the aligner of a finished run is gone or damaged."""
+        with reading(self.path, self._remedy):
+            require_files(self.path, record["files"])
+
+    @property
+    def _remedy(self) -> str:
+        return f"Delete {self.path / 'run.json'}: the same command then goes on from the run's last checkpoint"
 
     def claim(self, identity: dict[str, Any], *, overwrite: bool) -> None:
         """Take the folder for a run. With `overwrite` the run in it goes first."""
@@ -93,27 +103,13 @@ class RunDirectory:
                 remedy="Choose another folder with --output-dir, or delete this one (`distill --overwrite` does)",
             )
 
-    def last_checkpoint(self) -> Path | None:
-        """The latest checkpoint that was written to its end."""
-        found = {}
-        for path in self.checkpoints.glob(f"checkpoint-*/{SEAL}"):
-            if step := re.fullmatch(r"checkpoint-([0-9]+)", path.parent.name):
-                found[int(step[1])] = path.parent
-        return found[max(found)] if found else None
-
     def finish(self, record: dict[str, Any]) -> dict[str, Any]:
-        """Write `run.json`, with checksums of the files that say how the run went: it is done."""
-        sealed = seal({**record, "files": file_checksums(self.path, (self.metrics, self.predictions))})
+        """Write `run.json`, with the checksums of all that the run left but its checkpoints: it is done."""
+        outputs = [self.metrics, self.predictions, *self.path.glob("aligner.*"), *self.student.rglob("*")]
+        files = file_checksums(self.path, filter(Path.is_file, outputs), flush=True)
+        sealed = seal({**record, "files": files})
         write_atomic(self.path / "run.json", _pretty(sealed))
         return sealed
-
-    def _not_whole(self, found: object) -> ConfigError:
-        return ConfigError(
-            f"{self.path} is damaged",
-            expected="a finished run",
-            found=found,
-            remedy=f"Delete {self.path / 'run.json'}: the same command then goes on from the run's last checkpoint",
-        )
 
 
 def _pretty(document: dict[str, Any]) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,11 +18,13 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback, Tra
 
 from ..data.batching import ShuffledBatches
 from ..kvcache.errors import DivergenceError
-from .checkpoint import load_optimizer, load_rng, reading, save_optimizer, save_rng
+from .checkpoint import load_optimizer, load_rng, save_optimizer, save_rng
 from .config import DistillConfig
 from .distiller import KVDistiller
 from .monitor import CollapseMonitor
 from .read_ahead import ReadAhead
+from .reading import reading
+from .run_checkpoints import REMEDY
 from .training_data import KVDataset
 
 Evaluate = Callable[[KVDistiller], dict[str, float]]
@@ -140,12 +143,14 @@ class DistillTrainer(Trainer):
 
     # ------------------------------------------------------------------ checkpoints
 
-    def resume(self, checkpoint: Path) -> None:
-        """Train on from a checkpoint. One of the last step is taken as it is: Trainer would take one step more."""
-        with reading(checkpoint):
+    def run(self, checkpoint: Path | None) -> None:
+        """Train, from a checkpoint on if there is one. One of the last step is taken as it is: within an epoch Trainer
+        would take one step more."""
+        if checkpoint is None:
+            self.train()
+            return
+        with reading(checkpoint, REMEDY):
             state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-            if not isinstance(state.log_history, list):
-                raise TypeError("its history is no list")
             ended = state.global_step >= state.max_steps
         if not ended:
             self.train(resume_from_checkpoint=str(checkpoint))
@@ -156,12 +161,14 @@ class DistillTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         folder = Path(output_dir or self.args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
+        # What a process that was killed left of the same checkpoint.
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
         save_model(self.model, str(folder / "model.safetensors"))
         self.monitor.save(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        with reading(resume_from_checkpoint):
+        with reading(Path(resume_from_checkpoint), REMEDY):
             load_model(model or self.model, str(Path(resume_from_checkpoint) / "model.safetensors"))
             self.monitor.load(Path(resume_from_checkpoint))
 
@@ -171,7 +178,7 @@ class DistillTrainer(Trainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
-            with reading(checkpoint):
+            with reading(Path(checkpoint), REMEDY):
                 load_optimizer(self.optimizer, self.lr_scheduler, Path(checkpoint))
 
     def _load_scaler(self, checkpoint: str | None) -> None:
@@ -182,7 +189,7 @@ class DistillTrainer(Trainer):
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
-            with reading(checkpoint):
+            with reading(Path(checkpoint), REMEDY):
                 load_rng(Path(checkpoint) / f"rng_state_{self.args.process_index}.json")
 
 

@@ -22,12 +22,12 @@ def select_layers(text: str, num_layers: int) -> tuple[int, ...]:
     """
     if text == "all":
         return tuple(range(num_layers))
-    if ratio := re.fullmatch(r"ratio:([0-9]+)", text):
+    if ratio := re.fullmatch(r"ratio:([0-9]{1,9})", text):
         wanted = int(ratio[1])
         return tuple(sorted(set(ratio_map(_within(wanted, 1, num_layers, text), num_layers))))
     found: set[int] = set()
     for item in text.split(","):
-        match = re.fullmatch(r"\s*([0-9]+)(?:-([0-9]+))?\s*", item)
+        match = re.fullmatch(r"\s*([0-9]{1,9})(?:-([0-9]{1,9}))?\s*", item)
         if match is None:
             raise _refuse("all, ratio:N, or numbers and ranges such as 1,3,8-11", text)
         first, last = int(match[1]), int(match[2] or match[1])

@@ -14,6 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from kvpipe.data.word_problems import generate
+from kvpipe.pipeline.builtin_teacher import train_tokenizer
+from kvpipe.pipeline.models import tokenizer_files
+
+from .hostile_reader import Reader
 
 EXTRACT = ["extract", "--model", "qwen", "--samples", "40", "--eval-samples", "4", "--batch-size", "8"]
 EXTRACT += ["--max-shard-size", "400KB", "--store", "x.zarr"]
@@ -79,7 +84,27 @@ def contents(folder: Path, left_out: set[str]) -> dict[str, bytes]:
     return {name: data for name, data in found.items() if not any(Path(name).match(pattern) for pattern in left_out)}
 
 
-SLOW = {"test_hostile_input.py", "test_long_runs.py", "test_two_writers.py"}
+HOSTILE_LENGTHS = [40, 5, 33, 64]
+HOSTILE_DISTILL = ["distill", "--store", "x.zarr", "--mode", "flat", "--max-new-tokens", 2, "--output-dir", "run"]
+HOSTILE_DISTILL += ["--batch-size", 1]
+
+
+@pytest.fixture(scope="module")
+def reader() -> Iterator[Reader]:
+    server = Reader()
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def sound_store(make_store: Callable[..., Any]) -> Path:
+    """A store of two shards, with a real tokenizer."""
+    files = tokenizer_files(train_tokenizer(list(generate("train", 100, 0))))
+    store, _ = make_store(HOSTILE_LENGTHS, tokenizer_files=files)
+    return Path(store.path)
+
+
+SLOW = {"test_hostile_input.py", "test_hostile_runs.py", "test_long_runs.py", "test_two_writers.py"}
 """Of these even a few points take long."""
 
 

@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from kvpipe.kvcache.errors import ConfigError
-from kvpipe.pipeline.checkpoint import require_checkpoint
 from kvpipe.pipeline.config import DistillConfig
 from kvpipe.pipeline.distill import distill
 from kvpipe.pipeline.extract import extract
 from kvpipe.pipeline.extract_config import ExtractConfig
-from kvpipe.pipeline.run_directory import RunDirectory
+from kvpipe.pipeline.run_checkpoints import last_checkpoint
+from kvpipe.pipeline.run_directory import RunDirectory, run_of
 
 from .conftest import Tally
 from .test_damage import KINDS, draw
@@ -33,10 +33,10 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def require_whole(run: RunDirectory, identity: dict[str, object]) -> None:
     """What a resumed run, and a report, ask of a run directory."""
     run.require_free(identity, overwrite=False)
-    checkpoint = run.last_checkpoint()
-    if checkpoint is None or run.record is None:
+    record = run.read_record()
+    if last_checkpoint(run.checkpoints, identity) is None or record is None:
         raise ConfigError("unfinished", remedy="The same command does it again")
-    require_checkpoint(checkpoint, identity)
+    run.require_outputs(record)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -44,11 +44,10 @@ def test_no_damage_to_a_run_goes_unseen(
     finished: Path, kind: str, tmp_path: Path, points: Callable[[int, int], int], tally: Tally
 ) -> None:
     run = RunDirectory(Path(shutil.copytree(finished, tmp_path / "run")))
-    record = run.record
+    record = run.read_record()
     assert record is not None
-    identity = {"config": record["config"], "store": record["store"]["manifest"]}
-    files = sorted(path for path in run.checkpoints.rglob("*") if path.is_file())
-    files += [run.path / "run.json", run.metrics, run.predictions]
+    identity = run_of(record)
+    files = sorted(path for path in run.path.rglob("*") if path.is_file() and path.name != "config.json")
     rng, injected, detected = np.random.default_rng(0), 0, 0
     for _ in range(points(20, 200)):
         fault = draw(kind, files, rng)
@@ -61,7 +60,7 @@ def test_no_damage_to_a_run_goes_unseen(
                 detected += 1
             else:
                 # White space in a JSON document is the one thing that no checksum is of.
-                assert run.record == record, fault
+                assert run.read_record() == record, fault
                 assert all(file.name in ("run.json", "checkpoint.json") for file in before), fault
                 detected += 1
         for file, data in before.items():
@@ -77,8 +76,7 @@ def test_a_damaged_checkpoint_is_refused_and_without_it_the_run_starts_anew(fini
     shutil.copytree(finished, path)
     run = RunDirectory(path)
     (path / "run.json").unlink()
-    checkpoint = run.last_checkpoint()
-    assert checkpoint is not None
+    (checkpoint,) = run.checkpoints.iterdir()
     weights = checkpoint / "model.safetensors"
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1

@@ -1,7 +1,7 @@
 """Write the golden store again: `python tests/golden/make_golden.py`.
 
-The files beside this one fix the format on disk. A change in them is a change of the format: it needs a new
-schema version, and readers of the old one.
+The files beside this one fix the format on disk. From the first release on, a change in them needs a new schema
+version, and readers of the old one; before it, the format is still being made.
 """
 
 from __future__ import annotations

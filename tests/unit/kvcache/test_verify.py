@@ -28,7 +28,7 @@ def test_shards_that_were_never_written_make_a_store_incomplete(make_store: Make
     for shard in (1, 2, 4):
         store.ledger.path(shard).unlink()
     found = damages(store)
-    assert describe(found) == ["shards not written yet: 1-2, 4"]
+    assert describe(found) == ["not written yet: shards 1-2, 4"]
     with pytest.raises(StoreError, match=r"is incomplete: expected 5 shards, found 2\. Run the same `kvpipe extract`"):
         require_sound(store, found)
 
@@ -43,7 +43,7 @@ def test_damage_is_told_apart_from_what_was_never_written(make_store: MakeStore)
     assert describe(found) == [
         "shard 1, samples 2-3: its ledger entry is damaged",
         "shard 3, samples 6-7: its file is missing",
-        "shards not written yet: 0",
+        "not written yet: shards 0",
     ]
     with pytest.raises(StoreError, match=r"expected 5 sound shards, found 2 damaged: 1, 3\. `kvpipe repair`"):
         require_sound(store, found)

@@ -22,7 +22,7 @@ from kvpipe.pipeline.config import DistillConfig
 from kvpipe.pipeline.experiment import ExperimentRuns
 from kvpipe.pipeline.experiment_config import ExperimentConfig
 from kvpipe.pipeline.extract_config import ExtractConfig
-from kvpipe.pipeline.run_directory import RunDirectory
+from kvpipe.pipeline.run_directory import RunDirectory, run_of
 from kvpipe.pipeline.stats import Question
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
@@ -191,7 +191,7 @@ def make_experiment(
             directory = RunDirectory(runs_dir / name)
             logs = [{"step": step, "eval_ce": ce + 1 / step} for step in (10, 20, 40)] if curve else []
             lines = [{"step": 5, "loss": 2.0}, *logs]
-            directory.path.mkdir()
+            directory.claim(run_of(record), overwrite=False)
             directory.metrics.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
             directory.predictions.write_text("")
             records[name] = directory.finish(record)

@@ -9,15 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from kvpipe.kvcache.errors import ConfigError
-from kvpipe.pipeline.checkpoint import (
-    load_optimizer,
-    load_rng,
-    require_checkpoint,
-    save_optimizer,
-    save_rng,
-    seal_checkpoint,
-)
+from kvpipe.pipeline.checkpoint import load_optimizer, load_rng, save_optimizer, save_rng
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -127,49 +119,3 @@ def test_a_checkpoint_is_safetensors_and_json_alone(tmp_path: Path) -> None:
     save_optimizer(training.optimizer, training.scheduler, tmp_path)
     save_rng(tmp_path / "rng.json")
     assert sorted(path.suffix for path in tmp_path.iterdir()) == [".json", ".json", ".safetensors"]
-
-
-RUN = {"config": {"seed": 0}, "store": "f00"}
-
-
-@pytest.fixture
-def checkpoint(tmp_path: Path) -> Path:
-    folder = tmp_path / "checkpoint-7"
-    folder.mkdir()
-    training = Training(OPTIMIZERS["adam"])
-    training.run(2)
-    save_optimizer(training.optimizer, training.scheduler, folder)
-    (folder / "trainer_state.json").write_text('{"global_step": 7}')
-    seal_checkpoint(folder, RUN)
-    return folder
-
-
-def test_a_sealed_checkpoint_is_accepted_as_often_as_it_is_sealed(checkpoint: Path) -> None:
-    require_checkpoint(checkpoint, RUN)
-    seal_checkpoint(checkpoint, RUN)
-    require_checkpoint(checkpoint, RUN)
-
-
-def test_every_damage_to_a_checkpoint_is_seen(checkpoint: Path) -> None:
-    rng = np.random.default_rng(0)
-    for file in sorted(checkpoint.iterdir()):
-        whole = file.read_bytes()
-        flipped = bytearray(whole)
-        flipped[int(rng.integers(len(whole)))] ^= 1
-        for damaged in (bytes(flipped), whole[:-1], whole + b"x", b"", b"[]", b"null", None):
-            file.unlink(missing_ok=True)
-            if damaged is not None:
-                file.write_bytes(damaged)
-            error = (ConfigError, FileNotFoundError) if file.name == "checkpoint.json" else ConfigError
-            with pytest.raises(error, match=r"checkpoint-7"):
-                require_checkpoint(checkpoint, RUN)
-        file.write_bytes(whole)
-    require_checkpoint(checkpoint, RUN)
-
-
-def test_a_checkpoint_of_another_step_or_run_is_refused(checkpoint: Path) -> None:
-    with pytest.raises(ConfigError, match=r"another run \(config\.seed is 0 instead of 1\)"):
-        require_checkpoint(checkpoint, {**RUN, "config": {"seed": 1}})
-    renamed = checkpoint.rename(checkpoint.with_name("checkpoint-70"))
-    with pytest.raises(ConfigError, match="it is of step 7"):
-        require_checkpoint(renamed, RUN)

@@ -20,18 +20,21 @@ OTHER: dict[str, Any] = {"config": {"mode": "flat", "seed": 1}, "store": "f00"}
 def finish(run: RunDirectory) -> None:
     run.metrics.write_text('{"step": 1}\n')
     run.predictions.write_text('{"id": "0"}\n')
-    run.finish({"metrics": {"ce": 3}})
+    run.student.mkdir()
+    (run.student / "model.safetensors").write_bytes(b"weights")
+    run.finish({"metrics": {"ce": 3}, "config": IDENTITY["config"], "store": {"manifest": IDENTITY["store"]}})
 
 
 def test_a_run_claims_a_new_or_empty_folder_and_may_come_back(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path / "runs" / "flat")
     run.claim(IDENTITY, overwrite=False)
-    assert run.record is None
+    assert run.read_record() is None
     run.claim(IDENTITY, overwrite=False)
     finish(run)
     run.claim(IDENTITY, overwrite=False)
-    assert run.record is not None
-    assert run.record["metrics"] == {"ce": 3}
+    record = run.read_record()
+    assert record is not None
+    assert record["metrics"] == {"ce": 3}
 
 
 def test_another_run_is_refused_by_the_field_that_differs(tmp_path: Path) -> None:
@@ -71,10 +74,10 @@ def test_every_flipped_bit_of_a_finished_run_is_seen(tmp_path: Path, name: str) 
         (tmp_path / name).write_bytes(damaged)
         if name == "run.json" and _same_json(damaged, whole):
             continue
-        with pytest.raises(ConfigError, match=r"damaged: expected a finished run, found .*\. Delete .*run\.json"):
-            _ = run.record
+        with pytest.raises(ConfigError, match=r"damaged: expected what kvpipe wrote, found .*\. Delete .*run\.json"):
+            run.read_record()
     (tmp_path / name).write_bytes(whole)
-    assert run.record is not None
+    assert run.read_record() is not None
 
 
 def _same_json(damaged: bytes, whole: bytes) -> bool:
@@ -89,28 +92,34 @@ def _same_json(damaged: bytes, whole: bytes) -> bool:
 def test_a_record_that_is_none_is_refused(tmp_path: Path, document: str) -> None:
     (tmp_path / "run.json").write_text(document)
     with pytest.raises(ConfigError, match="damaged"):
-        _ = RunDirectory(tmp_path).record
+        RunDirectory(tmp_path).read_record()
 
 
-def test_a_finished_run_without_its_student_is_refused(tmp_path: Path) -> None:
+def test_a_finished_run_whose_student_is_damaged_is_refused(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path)
-    with pytest.raises(ConfigError, match="no student/"):
-        run.require_student()
-    run.student.mkdir()
-    (run.student / "config.json").touch()
-    run.require_student()
+    run.claim(IDENTITY, overwrite=False)
+    finish(run)
+    record = run.read_record()
+    assert record is not None
+    run.require_outputs(record)
+    for content in (b"weightz", None):
+        (run.student / "model.safetensors").unlink()
+        if content:
+            (run.student / "model.safetensors").write_bytes(content)
+        with pytest.raises(ConfigError, match=r"student/model\.safetensors (fails its checksum|is missing)"):
+            run.require_outputs(record)
+    assert run.read_record() == record, "a report needs no weights"
 
 
-def test_the_last_sealed_checkpoint_is_the_one_to_resume(tmp_path: Path) -> None:
-    run = RunDirectory(tmp_path)
-    assert run.last_checkpoint() is None
-    for step, sealed in (("9", True), ("100", True), ("250", False), ("final", True), ("1x", True), ("٣٠٠", True)):
-        folder = run.checkpoints / f"checkpoint-{step}"
-        folder.mkdir(parents=True)
-        (folder / "model.safetensors").touch()
-        if sealed:
-            (folder / "checkpoint.json").touch()
-    assert run.last_checkpoint() == run.checkpoints / "checkpoint-100"
+def test_another_runs_record_with_all_that_it_counts_on_is_refused(tmp_path: Path) -> None:
+    finished, other = RunDirectory(tmp_path / "finished"), RunDirectory(tmp_path / "other")
+    finished.claim(IDENTITY, overwrite=False)
+    finish(finished)
+    other.claim(OTHER, overwrite=False)
+    for name in ("run.json", "metrics.jsonl", "predictions.jsonl"):
+        (other.path / name).write_bytes((finished.path / name).read_bytes())
+    with pytest.raises(ConfigError, match=r"run\.json is that of another run\. Delete"):
+        other.read_record()
 
 
 def test_the_identity_is_the_recipe_and_the_store(make_segmented_store: Callable[..., tuple[KVStore, Any]]) -> None:
