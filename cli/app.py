@@ -32,6 +32,14 @@ for command in (plan, extract, distill, inspect, verify, repair, models):
 app.add_typer(experiment, name="experiment")
 
 
+_RUST_ERROR = re.compile(r"\(os error (\d+)\)")
+_IN_THE_WAY = "Remove what is in the way, or choose another place"
+_REMEDIES = {
+    **dict.fromkeys((errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST), _IN_THE_WAY),
+    **dict.fromkeys((errno.EACCES, errno.EPERM), "Mend the permissions, or choose another place"),
+}
+
+
 @app.callback()
 def options(
     debug: bool = typer.Option(False, "--debug", help="Show the traceback of an error. Works after any command."),
@@ -92,7 +100,7 @@ def _user_error_code(error: Exception) -> int | None:
 
 def _is_os_error(error: Exception) -> bool:
     """An OSError, or what libraries written in Rust make of one."""
-    return isinstance(error, OSError) or re.search(r"\(os error \d+\)", str(error)) is not None
+    return isinstance(error, OSError) or _RUST_ERROR.search(str(error)) is not None
 
 
 def _is_out_of_memory(error: Exception) -> bool:
@@ -107,9 +115,16 @@ def _sentence(error: Exception) -> str:
     if not _is_os_error(error):
         return str(error)
     found = f"{error.strerror} at {error.filename}" if isinstance(error, OSError) and error.filename else str(error)
-    if isinstance(error, OSError) and error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST):
-        return f"{found}. Choose another place"
-    return f"{found}. Make room or choose another place; the same command then goes on where it stopped"
+    remedy = _REMEDIES.get(_errno(error) or 0, "Make room or choose another place")
+    return f"{found}. {remedy}; the same command then goes on where it stopped"
+
+
+def _errno(error: Exception) -> int | None:
+    """The system's number of an error, which libraries written in Rust put into its text."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno
+    match = _RUST_ERROR.search(str(error))
+    return int(match[1]) if match else None
 
 
 def _quiet_libraries() -> None:

@@ -24,6 +24,9 @@ def extract(
     device: option.Device = "auto",
     codec: option.CodecName = "raw",
     layers: option.Layers = "all",
+    segments: option.Segments = "all",
+    evict: option.Evict = "none",
+    budget: option.Budget = None,
     max_shard_size: Annotated[
         str, typer.Option(help="Raw KV of all layers in a shard, e.g. 64MB or 1GB. A codec makes the file smaller.")
     ] = "64MB",
@@ -56,10 +59,11 @@ def _show(report: ExtractReport) -> None:
 
     store = report.store
     if excluded := len(store.excluded):
-        reason = " or beyond float16 in its scales" if store.codec.lossy else ""
+        scales = " or beyond float16 in its scales" if store.codec.lossy else ""
+        evicted = ", or all their tokens were evicted" if store.evicts else ""
         typer.echo(
             f"{excluded} of {store.num_samples} samples are excluded: the teacher's KV is NaN or infinite in "
-            f"{store.manifest.dtype}{reason}.",
+            f"{store.manifest.dtype}{scales}{evicted}.",
         )
     if store.truncated:
         typer.echo(

@@ -44,15 +44,28 @@ Layers = Annotated[
         "layers learns from.",
     ),
 ]
+Segments = Annotated[
+    str, typer.Option("--segments", help="Keep the KV of these tokens only: all, or some of prompt,reasoning,answer.")
+]
+Evict = Annotated[
+    str,
+    typer.Option("--evict", help="Keep the KV of fewer tokens, chosen by: rkv (R-KV), right-crop or random; none."),
+]
+Budget = Annotated[
+    str | None,
+    typer.Option("--budget", help="With --evict: tokens kept of a sample, as a share (0.5) or a number (128)."),
+]
 Revision = Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit of a Hub model.")]
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Let a Hub model run its own code.")]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of the built-in data set.")]
 
 
-def extract_config(*, model: str, store: Path | None, batch_size: str, **options: Any) -> ExtractConfig:
+def extract_config(
+    *, model: str, store: Path | None, batch_size: str, budget: str | None, **options: Any
+) -> ExtractConfig:
     """The extraction that a command line asks for; `options` are fields of ExtractConfig as they are."""
     from ..pipeline.extract_config import ExtractConfig, default_store
-    from .parse import batch_size_or_auto
+    from .parse import batch_size_or_auto, share_or_number
 
-    place = store or default_store(model)
-    return ExtractConfig(model=model, store=place, batch_size=batch_size_or_auto(batch_size), **options)
+    options |= {"batch_size": batch_size_or_auto(batch_size), "budget": share_or_number(budget)}
+    return ExtractConfig(model=model, store=store or default_store(model), **options)

@@ -28,6 +28,17 @@ def batch_size_or_auto(text: str) -> int | None:
     return int(text)
 
 
+def share_or_number(text: str | None) -> float | None:
+    """`0.5` or `128` as the number that it is."""
+    if text is None:
+        return None
+    if not re.fullmatch(r"[0-9]{1,9}|0?\.[0-9]{1,9}", text):
+        raise ConfigError(
+            "no such budget", expected="a share below 1, or a number of tokens", found=text, remedy="Mend --budget"
+        )
+    return float(text)
+
+
 def exclude_or_stop(word: str) -> Literal["exclude", "stop"]:
     """The word itself, if it is one of the two."""
     if word == "exclude":

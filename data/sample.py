@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import IntEnum
 
+from .errors import DataError
+
 
 class Segment(IntEnum):
     """Which part of a sample a token belongs to. Padding carries `Segment.PADDING`."""
@@ -13,6 +15,20 @@ class Segment(IntEnum):
     PROMPT = 0
     REASONING = 1
     ANSWER = 2
+
+
+def select_segments(text: str) -> tuple[str, ...]:
+    """The segments that `--segments` names, in reading order: `all`, or some of prompt, reasoning and answer.
+
+    Raises DataError for any other.
+    """
+    names = [segment.name.lower() for segment in Segment if segment != Segment.PADDING]
+    wanted = names if text == "all" else [name.strip() for name in text.split(",")]
+    if unknown := [name for name in wanted if name not in names]:
+        raise DataError(
+            f"--segments: expected all, or some of {', '.join(names)}; found {unknown[0] or 'nothing'}. Mend --segments"
+        )
+    return tuple(name for name in names if name in wanted)
 
 
 ANSWER_MARK = "#### "

@@ -9,8 +9,6 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,42 +18,13 @@ from torch import Tensor
 
 from .errors import ConfigError
 from .layout import DIMENSION_NAMES, STORAGE_DTYPES, KVGeometry
-from .shard import ShardLayout
+from .part import KV_POSITION, Part, positions_part
 
 Chunks = Shaped[Tensor, "N L 2 H block D"]
 """Token blocks of any samples, one after the other."""
 
 HALF_ULP = 2.0**-11
 """Of float16, relative: what rounding to it changes at most."""
-
-
-@dataclass(frozen=True)
-class Part:
-    """One of the arrays that hold KV: the shape of a chunk, which is one token block of one sample, and its axes."""
-
-    chunk: tuple[int, ...]
-    dtype: np.dtype[Any]
-    axes: tuple[str, ...]
-
-    @property
-    def content_shape(self) -> tuple[int, ...]:
-        """The shape of a chunk without its axes of one sample and one block."""
-        return tuple(size for axis, size in zip(self.axes, self.chunk, strict=True) if axis not in ("sample", "block"))
-
-    def grid(self, samples: int, blocks: int) -> tuple[int, ...]:
-        """The shape of an array of so many samples of so many blocks each."""
-        shape = list(self.chunk)
-        shape[self.axes.index("sample")] = samples
-        shape[self.axes.index("token" if "token" in self.axes else "block")] *= blocks
-        return tuple(shape)
-
-    def layout(self, block: int, samples: int, blocks: int) -> ShardLayout:
-        """Of a shard of so many samples of at most so many blocks of `block` tokens."""
-        return ShardLayout(self.chunk, self.dtype, block, samples, blocks)
-
-    def shard_path(self, array: Path, shard: int) -> Path:
-        """The file of a shard: its place in the grid is 0 along all axes but that of the samples."""
-        return array.joinpath("c", *(str(shard) if axis == "sample" else "0" for axis in self.axes))
 
 
 class Codec(ABC):
@@ -75,6 +44,10 @@ class Codec(ABC):
     @abstractmethod
     def parts(self, geometry: KVGeometry, block: int) -> dict[str, Part]:
         """The arrays, by name, for blocks of so many tokens."""
+
+    def all_parts(self, geometry: KVGeometry, block: int, *, evicts: bool) -> dict[str, Part]:
+        """The arrays of a store, which of its own also keeps where tokens were, if some are evicted."""
+        return self.parts(geometry, block) | ({KV_POSITION: positions_part(block)} if evicts else {})
 
     @abstractmethod
     def decode(self, parts: Sequence[Tensor], dtype: torch.dtype) -> Chunks:

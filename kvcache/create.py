@@ -21,7 +21,7 @@ from .layout import KVGeometry, dtype_name
 from .ledger import Ledger
 from .manifest import Manifest
 from .side_arrays import add_array
-from .store import ATTRIBUTE, KVStore
+from .store import ATTRIBUTE, KV_LENGTH, KVStore
 
 TOKEN_BLOCK = 32
 """Tokens in a chunk: short samples cost their own length, rounded up to this."""
@@ -33,7 +33,8 @@ class SampleTable:
 
     `records` are the samples as JSON objects; `split` `[B]` names each sample's split by its index in
     `split_names`. `input_ids` `[B, T]`, `segment_ids` `[B, T]` (-1 past the end) and `spans` `[B, T, 2]`
-    (character offsets) are padded on the right; `length` `[B]` counts real tokens.
+    (character offsets) are padded on the right; `length` `[B]` counts real tokens. `kv_length` `[B]` counts those
+    whose KV is kept, where some are evicted.
     """
 
     records: Sequence[Mapping[str, Any]]
@@ -43,6 +44,16 @@ class SampleTable:
     input_ids: NDArray[np.int32]
     segment_ids: NDArray[np.int8]
     spans: NDArray[np.int32]
+    kv_length: NDArray[np.int32] | None = None
+
+    @property
+    def evicts(self) -> bool:
+        return self.kv_length is not None
+
+    def stored_bytes(self, geometry: KVGeometry, codec: str) -> int:
+        """What the KV takes on disk."""
+        lengths = self.length if self.kv_length is None else self.kv_length
+        return stored_bytes(lengths, geometry, codec, evicts=self.evicts)
 
 
 def create_store(
@@ -84,9 +95,9 @@ def create_store(
     return KVStore.open(path)
 
 
-def stored_bytes(lengths: NDArray[np.int32], geometry: KVGeometry, codec: str) -> int:
+def stored_bytes(lengths: NDArray[np.int32], geometry: KVGeometry, codec: str, *, evicts: bool = False) -> int:
     """What the KV of samples of these lengths takes on disk: whole token blocks."""
-    parts = require_codec(codec).parts(geometry, TOKEN_BLOCK).values()
+    parts = require_codec(codec).all_parts(geometry, TOKEN_BLOCK, evicts=evicts).values()
     block = sum(part.layout(TOKEN_BLOCK, 1, 1).chunk_bytes for part in parts)
     return int((-(-lengths.astype(np.int64) // TOKEN_BLOCK)).sum()) * block
 
@@ -96,7 +107,8 @@ def _create_kv(group: zarr.Group, manifest: Manifest, table: SampleTable, geomet
     blocks = max_length // TOKEN_BLOCK
     samples = min(samples, num_samples)
     plain = {"serializer": BytesCodec(endian="little"), "compressors": [Crc32cCodec()], "filters": None}
-    for name, part in require_codec(manifest.codec).parts(geometry, TOKEN_BLOCK).items():
+    parts = require_codec(manifest.codec).all_parts(geometry, TOKEN_BLOCK, evicts=table.evicts)
+    for name, part in parts.items():
         group.create_array(
             name,
             shape=part.grid(num_samples, blocks),
@@ -130,6 +142,8 @@ def _create_side_arrays(group: zarr.Group, table: SampleTable, tokenizer_files: 
         "spans": (table.spans, ("sample", "token", "edge")),
         "text": (np.frombuffer(text, np.uint8), ("byte",)),
     }
+    if table.kv_length is not None:
+        arrays[KV_LENGTH] = table.kv_length, ("sample",)
     for name, content in tokenizer_files.items():
         arrays[f"tokenizer/{name}"] = np.frombuffer(content, np.uint8), ("byte",)
     return {name: add_array(group, name, data, axes) for name, (data, axes) in arrays.items()}

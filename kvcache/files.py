@@ -53,7 +53,7 @@ class PartialFile:
         try:
             yield
         except OSError as error:
-            error.filename = error.filename or str(self._path)
+            error.filename, error.filename2 = str(self._path), None
             raise
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Shaped
+from jaxtyping import Int, Shaped
 from numpy.typing import NDArray
 from torch import Tensor
 from transformers import Cache
@@ -17,6 +17,9 @@ from .errors import ModelError
 
 KV = Shaped[Tensor, "L 2 B H T D"]
 """Key (index 0) and value (index 1) of every layer, KV head and token of a batch."""
+
+Pairs = list[tuple[Tensor, Tensor]]
+"""Key and value `[B, H, T, D]` of every layer."""
 
 DIMENSION_NAMES = ("layer", "kv", "sample", "head", "token", "channel")
 
@@ -53,6 +56,12 @@ def from_storage(array: NDArray[Any], dtype: torch.dtype) -> Tensor:
     """The tensor of logical `dtype` over the memory of a storage array."""
     tensor = torch.from_numpy(array)
     return tensor.view(dtype) if dtype == torch.bfloat16 else tensor
+
+
+def take_tokens(tensor: Shaped[Tensor, "... B H T D"], places: Int[Tensor, "B K"]) -> Shaped[Tensor, "... B H K D"]:
+    """The tokens at some places of every sample; a negative place gives the first token."""
+    index = places.clamp_min(0)[:, None, :, None]
+    return tensor.gather(-2, index.expand(*tensor.shape[:-2], places.shape[1], tensor.shape[-1]))
 
 
 def layer_pairs(past_key_values: Cache | Iterable[tuple[Any, Any]]) -> list[tuple[Tensor, Tensor]]:

@@ -48,7 +48,9 @@ class Manifest:
     dtype: str
     codec: str
     layers: tuple[int, ...]
+    segments: tuple[str, ...]
     eviction: str
+    budget: float | None
     key_position: str
     rope: dict[str, Any]
     max_tokens: int
@@ -63,7 +65,8 @@ class Manifest:
         require_schema(document)
         teacher = _parse(TeacherIdentity, document.get("teacher"))
         dataset = _parse(DatasetIdentity, document.get("dataset"))
-        whole = {**document, "teacher": teacher, "dataset": dataset, "layers": tuple(document.get("layers", ()))}
+        lists = {name: tuple(document.get(name, ())) for name in ("layers", "segments")}
+        whole = {**document, "teacher": teacher, "dataset": dataset, **lists}
         return _parse(cls, whole)
 
     def require_same(self, found: Manifest, where: str) -> None:

@@ -9,9 +9,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F  # noqa: N812 - the name everybody uses
+from jaxtyping import Int
 from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
-from .codec import Chunks
 from .errors import StoreError
 from .layout import KV, from_storage, to_storage
 from .shard import ShardLayout, read_index, require_checksums, sample_start
@@ -54,14 +57,23 @@ class KVReader:
     def read(self, indices: Sequence[int], num_tokens: int | None = None) -> KV:
         """KV `[L, 2, B, H, T, D]` of the samples at `indices`, in the store's logical dtype.
 
-        T is `num_tokens`, by default the longest of the samples; tokens past a sample's end are zero.
+        T is `num_tokens`, by default the most that a sample keeps; tokens past a sample's last are zero.
         """
+        return self.read_with_positions(indices, num_tokens)[0]
+
+    def read_with_positions(
+        self, indices: Sequence[int], num_tokens: int | None = None
+    ) -> tuple[KV, Int[Tensor, "B T"] | None]:
+        """As `read`, and of a store that evicts tokens the position in its sample of every one that was kept, -1 past
+        the last; else None."""
         geometry, grid = self.store.geometry, self.store.layout
-        lengths = [int(self.store.length[index]) for index in indices]
+        lengths = [int(self.store.kv_length[index]) for index in indices]
         num_tokens = max(lengths) if num_tokens is None else num_tokens
         blocks = [grid.blocks_of(min(length, num_tokens)) for length in lengths]
+        parts = self._read_parts(indices, blocks)
+        positions = self._positions(parts.pop(), blocks, num_tokens) if self.store.evicts else None
         # NumPy's small copies cost half of what torch's do.
-        chunks = to_storage(self._read_chunks(indices, blocks))
+        chunks = to_storage(self.store.codec.decode(parts, self.store.dtype))
         padded = grid.blocks_of(num_tokens) * grid.block
         shape = (geometry.num_layers, 2, len(blocks), geometry.num_kv_heads, padded, geometry.head_dim)
         out = np.empty(shape, dtype=chunks.dtype)
@@ -72,7 +84,12 @@ class KVReader:
                 own[:, :, :, blk * grid.block : (blk + 1) * grid.block] = chunks[first + blk]
             own[:, :, :, length:] = 0
             first += count
-        return from_storage(out, geometry.dtype)[..., :num_tokens, :]
+        return from_storage(out, geometry.dtype)[..., :num_tokens, :], positions
+
+    def _positions(self, stored: Int[Tensor, "N block"], blocks: Sequence[int], num_tokens: int) -> Int[Tensor, "B T"]:
+        samples = [rows.flatten() for rows in stored.long().split(list(blocks))]
+        padded = pad_sequence(samples, batch_first=True, padding_value=-1)
+        return F.pad(padded, (0, max(0, num_tokens - padded.shape[1])), value=-1)[:, :num_tokens]
 
     def close(self) -> None:
         """Close all file handles."""
@@ -82,8 +99,8 @@ class KVReader:
     def __del__(self) -> None:
         self.close()
 
-    def _read_chunks(self, indices: Sequence[int], blocks: Sequence[int]) -> Chunks:
-        """The first `blocks` token blocks of every sample, one after the other, decoded."""
+    def _read_parts(self, indices: Sequence[int], blocks: Sequence[int]) -> list[Tensor]:
+        """The first `blocks` token blocks of every sample, one after the other, for every part `[N, ...]`."""
         layouts, total = self._layouts, sum(blocks)
         for part, layout in enumerate(layouts):
             if len(self._buffers[part]) < total * layout.record_bytes:
@@ -96,11 +113,10 @@ class KVReader:
         for index, count in zip(indices, blocks, strict=True):
             self._read_into(int(index), [part[first : first + count] for part in records])
             first += count
-        parts = [
+        return [
             torch.from_numpy(part[:, : layout.chunk_bytes].view(layout.dtype).reshape(total, *shape))
             for part, layout, shape in zip(records, layouts, self._shapes, strict=True)
         ]
-        return self.store.codec.decode(parts, self.store.dtype)
 
     def _read_into(self, index: int, records: Sequence[NDArray[np.uint8]]) -> None:
         number, row = divmod(index, self.store.layout.samples)

@@ -15,10 +15,9 @@ from jaxtyping import Bool, Int, Shaped, UInt8
 from torch import Tensor
 
 from .codec import Codec, Scaled
+from .layout import Pairs
+from .part import KV_POSITION
 from .shard import ShardLayout
-
-Pairs = list[tuple[Tensor, Tensor]]
-"""Key and value `[B, H, T, D]` of every layer."""
 
 Records = list[UInt8[Tensor, "B blocks _"]]
 """For every part of a store, a batch's token blocks: a chunk each with room for its checksum."""
@@ -31,9 +30,15 @@ class Staging:
         self._buffers: dict[str, Tensor] = {}
 
     def fill(
-        self, pairs: Pairs, codec: Codec, layouts: Mapping[str, ShardLayout], lengths: Int[Tensor, " B"]
+        self,
+        pairs: Pairs,
+        codec: Codec,
+        layouts: Mapping[str, ShardLayout],
+        lengths: Int[Tensor, " B"],
+        positions: Int[Tensor, "B T"] | None = None,
     ) -> tuple[Records, Bool[Tensor, " B"]]:
         """The records of a batch, and which samples are finite, all through their `lengths` tokens and in their scales.
+        Where tokens were evicted, `positions` are those of the rest.
 
         Past a sample's end its last token is repeated, so that it changes no scale; raw KV is zero there. From a GPU
         the copies go on after the return, on the current stream. The records are valid until the next `fill`.
@@ -47,6 +52,8 @@ class Staging:
         # Laid out on the GPU, so that what crosses the bus is one contiguous copy a part.
         targets = [torch.empty_like(part, device=first.device) for part in records] if first.is_cuda else records
         rooms = [part[..., : layout.chunk_bytes] for part, layout in zip(targets, layouts.values(), strict=True)]
+        if positions is not None:
+            _lay_out_positions(positions, rooms.pop(list(layouts).index(KV_POSITION)))
         finite = _finite(pairs, lengths)
         if isinstance(codec, Scaled):
             finite &= self._encode(pairs, codec, rooms, layouts["kv"].block, lengths.tolist())
@@ -111,6 +118,12 @@ def _last_tokens(
     """The last block of every sample that does not fill it, and the place in it after the sample's end."""
     ends = [divmod(length, chunks.shape[5]) for length in lengths]
     return [(chunks[row, blk], past_end) for row, (blk, past_end) in enumerate(ends) if past_end]
+
+
+def _lay_out_positions(positions: Int[Tensor, "B T"], room: UInt8[Tensor, "B blocks _"]) -> None:
+    places = torch.full((len(room), room[0].numel() // 4), -1, dtype=torch.int32, device=room.device)
+    places[:, : positions.shape[1]] = positions
+    room.copy_(places.view(torch.uint8).view(room.shape))
 
 
 def _lay_out(pairs: Pairs, chunks: Shaped[Tensor, "B blocks L 2 H block D"]) -> None:

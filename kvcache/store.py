@@ -12,15 +12,17 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 
-from .codec import Part, require_codec
+from .codec import require_codec
 from .errors import KVPipeError, StoreError
 from .integrity import require_files, require_seal, seal
 from .layout import DIMENSION_NAMES, LOGICAL_DTYPES, KVGeometry, dtype_name
 from .ledger import Ledger
 from .manifest import Manifest, require_schema
+from .part import Part
 from .side_arrays import open_array, read_array
 
 ATTRIBUTE = "kvpipe"
+KV_LENGTH = "kv_length"
 
 
 class KVStore:
@@ -49,7 +51,7 @@ class KVStore:
             raise ValueError(f"kv of {kv.shape} cannot be cut into {samples} samples of {block} tokens")
         self.geometry = KVGeometry(num_layers, num_kv_heads, self.codec.head_dim(packed), self.dtype)
         self.shape = (*kv.shape[:5], self.geometry.head_dim)
-        self.parts = self.codec.parts(self.geometry, block)
+        self.parts = self.codec.all_parts(self.geometry, block, evicts=self.evicts)
         blocks = max_length // block
         for name, part in self.parts.items():
             _require_part(open_array(group, name), part, self.num_samples, samples, blocks)
@@ -108,6 +110,25 @@ class KVStore:
     # ------------------------------------------------------------------ what is in it
 
     @property
+    def evicts(self) -> bool:
+        """Whether only some of a sample's tokens have KV here; `kv_position` says where they were."""
+        return KV_LENGTH in self._checksums
+
+    @property
+    def lossy(self) -> bool:
+        """Whether anything of the KV of the layers that are kept is lost."""
+        return self.codec.lossy or self.evicts
+
+    @property
+    def kept_as(self) -> str:
+        """For people: the codec, and how many of the tokens were kept, if not all, and by which policy or segments."""
+        if not self.evicts:
+            return self.codec.name
+        manifest, share = self.manifest, self.kv_length.sum() / self.length.sum()
+        chosen = [*manifest.segments, *([manifest.eviction] if manifest.budget is not None else [])]
+        return f"{self.codec.name}, {share:.0%} of the tokens ({', '.join(chosen)})"
+
+    @property
     def side_arrays(self) -> list[str]:
         """Names of all arrays but those of the KV and its ledger."""
         return list(self._checksums)
@@ -119,15 +140,23 @@ class KVStore:
     @cached_property
     def length(self) -> NDArray[np.int32]:
         """Tokens of every sample `[B]`."""
-        length = self.read_side_array("length", (self.num_samples,))
-        if length.dtype != np.int32 or length.min() < 1 or length.max() > self.shape[4]:
+        return self._lengths("length", 1, self.shape[4])
+
+    @cached_property
+    def kv_length(self) -> NDArray[np.int32]:
+        """Tokens of every sample whose KV is kept `[B]`: all of them, but where some were evicted."""
+        return self._lengths(KV_LENGTH, 0, self.length) if self.evicts else self.length
+
+    def _lengths(self, name: str, least: int, most: int | NDArray[np.int32]) -> NDArray[np.int32]:
+        lengths = self.read_side_array(name, (self.num_samples,))
+        if lengths.dtype != np.int32 or (lengths < least).any() or (lengths > most).any():
             raise StoreError(
-                f"{self.path} holds samples of impossible lengths",
-                expected=f"int32 from 1 to {self.shape[4]}",
-                found=f"{length.dtype} from {length.min()} to {length.max()}",
+                f"{self.path} holds samples of an impossible {name}",
+                expected=f"int32 from {least} to {np.max(most)}",
+                found=f"{lengths.dtype} from {lengths.min()} to {lengths.max()}",
                 remedy="Extract again into a new place",
             )
-        return length
+        return lengths
 
     @cached_property
     def input_ids(self) -> NDArray[np.int32]:
@@ -158,7 +187,8 @@ class KVStore:
 
     @cached_property
     def excluded(self) -> NDArray[np.int64]:
-        """Positions of samples that have no KV, for the teacher's was not finite. Of finished shards."""
+        """Positions of samples that have no KV: the teacher's was not finite, or all tokens were evicted. Of finished
+        shards."""
         found = [self.ledger.excluded(shard) for shard in sorted(self.finished_shards())]
         return np.concatenate([np.empty(0, np.int64), *found])
 
@@ -191,10 +221,12 @@ class KVStore:
             "shape": dict(zip(DIMENSION_NAMES, self.shape, strict=True)),
             "samples": {split: len(self.indices(split)) for split in self.split_names},
             "tokens": tokens,
+            "tokens_kept": int(self.kv_length.sum()),
             "truncated_samples": self.truncated,
             "excluded_samples": len(self.excluded),
             "dtype": dtype_name(self.dtype),
-            "lossy": self.codec.lossy,
+            "lossy": self.lossy,
+            "kept_as": self.kept_as,
             "bytes_on_disk": size,
             "bytes_per_token": size / tokens,
             "bytes_per_token_of_kv": self.geometry.bytes_per_token,
@@ -224,7 +256,7 @@ class KVStore:
 
     @cached_property
     def ledger(self) -> Ledger:
-        return Ledger(self.path / "ledger", self.layout, self.length)
+        return Ledger(self.path / "ledger", self.layout, self.kv_length)
 
     def finished_shards(self) -> set[int]:
         """Shards that are whole, by the ledger."""

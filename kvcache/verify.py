@@ -37,7 +37,7 @@ def verify_shards(store: KVStore) -> Iterator[Damage | None]:
     Shards that were never finished are damage that was not `written`. Raises StoreError where the samples' lengths are
     damaged.
     """
-    lengths = store.length.tolist()
+    lengths = store.kv_length.tolist()
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1), thread_name_prefix="kvpipe-verify") as threads:
         yield from threads.map(lambda shard: _verify(store, lengths, shard), range(store.num_shards))
 

@@ -12,13 +12,14 @@ from types import TracebackType
 from typing import Literal
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from .errors import ModelError
 from .files import partial_path
-from .layout import KVGeometry
+from .layout import KVGeometry, Pairs
 from .shard import ShardFile
-from .staging import Pairs, Records, Staging
+from .staging import Records, Staging
 from .store import KVStore
 
 OnNonfinite = Literal["exclude", "stop"]
@@ -102,8 +103,9 @@ class ShardWriter:
                 partial_path(path).unlink(missing_ok=True)
 
     @torch.no_grad()
-    def put(self, indices: Sequence[int], pairs: Pairs) -> None:
-        """Hand over one batch: positions in the store, and per layer key and value, all of one shape `[B, H, T, D]`.
+    def put(self, indices: Sequence[int], pairs: Pairs, positions: Int[Tensor, "B T"] | None = None) -> None:
+        """Hand over one batch: places in the store, and per layer key and value, all of one shape `[B, H, T, D]`; where
+        tokens were evicted, also the `positions` of those that are left.
 
         `wait_seconds` counts the time the caller stood still, but for the copy out of the model's memory.
         Raises ValueError for KV of another shape or dtype than the store's.
@@ -114,12 +116,12 @@ class ShardWriter:
         start = time.perf_counter()
         staging = self._free.get()
         self.wait_seconds += time.perf_counter() - start
-        lengths = torch.from_numpy(self._store.length[list(indices)])
+        lengths = torch.from_numpy(self._store.kv_length[list(indices)])
         if pairs[0][0].is_cuda:
-            job = partial(self._write, list(indices), *self._copy_beside(pairs, lengths, staging))
+            job = partial(self._write, list(indices), *self._copy_beside(pairs, lengths, positions, staging))
             self._jobs.put(_Job(job, staging))
             return
-        records, finite = staging.fill(pairs, self._store.codec, self._store.layouts, lengths)
+        records, finite = staging.fill(pairs, self._store.codec, self._store.layouts, lengths, positions)
         start = time.perf_counter()
         self._add(indices, records, finite, lambda shard: self._jobs.put(_Job(partial(self._finish, shard))))
         self.wait_seconds += time.perf_counter() - start
@@ -127,7 +129,7 @@ class ShardWriter:
 
     def _check(self, indices: Sequence[int], pairs: Pairs) -> None:
         geometry = self._store.geometry
-        longest = int(self._store.length[list(indices)].max())
+        longest = int(self._store.kv_length[list(indices)].max())
         batch, num_kv_heads, num_tokens, head_dim = pairs[0][0].shape
         found = KVGeometry(len(pairs), num_kv_heads, head_dim, pairs[0][0].dtype)
         if found != geometry or batch != len(indices) or num_tokens < longest:
@@ -136,7 +138,9 @@ class ShardWriter:
                 f"tokens, found {found} for {batch} samples of {num_tokens}"
             )
 
-    def _copy_beside(self, pairs: Pairs, lengths: Tensor, staging: Staging) -> tuple[Records, Tensor, torch.cuda.Event]:
+    def _copy_beside(
+        self, pairs: Pairs, lengths: Tensor, positions: Tensor | None, staging: Staging
+    ) -> tuple[Records, Tensor, torch.cuda.Event]:
         """What `staging.fill` returns, and the event after which it holds: a side stream copies while the teacher
         computes on."""
         device = pairs[0][0].device
@@ -145,7 +149,7 @@ class ShardWriter:
         with torch.cuda.stream(self._stream):
             for tensor in (tensor for pair in pairs for tensor in pair):
                 tensor.record_stream(self._stream)
-            records, finite = staging.fill(pairs, self._store.codec, self._store.layouts, lengths)
+            records, finite = staging.fill(pairs, self._store.codec, self._store.layouts, lengths, positions)
             copied = torch.cuda.Event()
             copied.record(self._stream)
         return records, finite, copied
@@ -178,7 +182,10 @@ class ShardWriter:
             if shard not in self._pending:
                 continue
             file = self._file(shard)
-            if finite[row]:
+            if file.lengths[position] == 0:
+                # Every token was evicted: nothing is left to learn from.
+                file.exclude(position)
+            elif finite[row]:
                 blocks = layout.blocks_of(file.lengths[position])
                 file.add(position, [part[row, :blocks] for part in data])
             else:
@@ -204,7 +211,7 @@ class ShardWriter:
     def _file(self, shard: int) -> ShardFile:
         if shard not in self._files:
             samples = self._store.shard_samples(shard)
-            lengths = self._store.length[samples.start : samples.stop]
+            lengths = self._store.kv_length[samples.start : samples.stop]
             layouts = list(self._store.layouts.values())
             self._files[shard] = ShardFile(self._store.shard_paths(shard), layouts, lengths)
         return self._files[shard]

@@ -36,8 +36,8 @@ def require_learnable(store: KVStore, split: str, indices: Sequence[int] | NDArr
         raise StoreError(
             f"{store.path} has no {split} samples",
             expected="at least 1",
-            found=f"{len(store.excluded)} samples excluded, whose KV is not finite",
-            remedy="Extract again with a --dtype of more range",
+            found=f"{len(store.excluded)} samples excluded, whose KV is not finite or evicted",
+            remedy="Extract again with a --dtype of more range, or more --segments",
         )
     if not (store.segment_ids[np.asarray(indices)] > Segment.PROMPT).any():
         raise StoreError(

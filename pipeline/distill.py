@@ -247,6 +247,8 @@ def _save(parts: _Parts, run: RunDirectory) -> None:
     student, tokenizer, aligner = parts.distiller.student, parts.tokenizer, parts.distiller.aligner
     student.generation_config.eos_token_id = tokenizer.eos_token_id
     student.generation_config.pad_token_id = tokenizer.pad_token_id
+    # A file in its place is an error of save_pretrained's log alone.
+    run.student.mkdir(exist_ok=True)
     student.save_pretrained(run.student)
     tokenizer.save_pretrained(run.student)
     if aligner is not None:

@@ -14,7 +14,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from ..data.sample import Segment, extract_answer
 from ..kvcache.store import KVStore
-from .distiller import KVDistiller
+from .distiller import KVDistiller, at_positions
 from .losses import IGNORED, kv_mse, next_token_loss
 from .training_data import KVDataset
 
@@ -123,7 +123,8 @@ def evaluate_tokens(
         sample_ce += (losses.sum(1) / learned.sum(1).clamp_min(1)).tolist()
         loss, correct, count = loss + float(losses.sum()), correct + float(hits.sum()), count + float(learned.sum())
         if "teacher_kv" in batch:
-            agreement.update(distiller, student_kv, batch["teacher_kv"], batch["attention_mask"])
+            kept, mask = at_positions(student_kv, batch["attention_mask"], batch.get("kv_positions"))
+            agreement.update(distiller, kept, batch["teacher_kv"], mask)
     metrics = {"ce": loss / count, "token_accuracy": correct / count}
     if dataset.reader is not None:
         metrics |= agreement.metrics()

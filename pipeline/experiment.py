@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -124,8 +125,10 @@ class _Grid:
         self._bar.update(self._task, completed=self._done, status=f"{self._done}/{self._total} runs")
 
     def _show(self, run: _ActiveRun) -> None:
-        """Read a run's progress where anyone can: in its metrics file."""
-        logs = [entry for entry in read_metrics(run.directory.metrics) if "loss" in entry]
+        """Read a run's progress where anyone can: in its metrics file, which is another run's until it begins."""
+        logs: list[dict[str, Any]] = []
+        with suppress(OSError, ValueError):
+            logs = [entry for entry in read_metrics(run.directory.metrics) if "loss" in entry]
         if logs:
             losses = "".join(f" · {part} {logs[-1][part]:.3f}" for part in ("ce", "kv") if part in logs[-1])
             self._bar.update(run.task, status=f"step {logs[-1]['step']}{losses}")

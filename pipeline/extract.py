@@ -50,7 +50,7 @@ def extract(config: ExtractConfig, progress: Progress | None = None) -> ExtractR
 def _open_or_create(config: ExtractConfig, prepared: Prepared) -> KVStore:
     if not config.store.exists():
         table = sample_table(prepared)
-        _require_space(config.store, stored_bytes(table.length, prepared.geometry, config.codec))
+        _require_space(config.store, table.stored_bytes(prepared.geometry, config.codec))
         return new_store(config, prepared, table)
     if not (config.store / "zarr.json").is_file():
         raise StoreError(

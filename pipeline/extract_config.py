@@ -29,6 +29,9 @@ class ExtractConfig:
     on_nonfinite: OnNonfinite = "exclude"
     codec: str = "raw"
     layers: str = "all"
+    segments: str = "all"
+    evict: str = "none"
+    budget: float | None = None
 
 
 def default_store(model: str) -> Path:

@@ -60,16 +60,16 @@ def make_plan(config: ExtractConfig, progress: Progress | None = None) -> Plan:
     """Count and measure. Nothing is left on the disk. Raises what `extract` raises."""
     folder = require_folder(config.store)
     prepared = prepare(config)
-    lengths = np.array([len(sample) for sample in prepared.tokens], np.int32)
+    table = sample_table(prepared)
     with progress or progress_bar() as bar, tempfile.TemporaryDirectory(dir=folder, prefix=".kvpipe-plan-") as scratch:
         part = replace(config, store=Path(scratch) / "part.zarr")
         forward, extract, read = _rates(part, prepared.first(MEASURED_TOKENS), bar)
     return Plan(
-        samples=len(lengths),
-        tokens=int(lengths.sum()),
+        samples=len(table.length),
+        tokens=int(table.length.sum()),
         truncated=prepared.truncated,
-        store_bytes=stored_bytes(lengths, prepared.geometry, config.codec),
-        raw_bytes=stored_bytes(lengths, prepared.every_layer, "raw"),
+        store_bytes=table.stored_bytes(prepared.geometry, config.codec),
+        raw_bytes=stored_bytes(table.length, prepared.every_layer, "raw"),
         free_bytes=shutil.disk_usage(folder).free,
         forward_rate=forward,
         extract_rate=extract,

@@ -12,12 +12,13 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.corpus import Corpus, load_corpus
-from ..data.sample import Segment
+from ..data.sample import Segment, select_segments
 from ..data.tokenize import TokenizedSample, tokenize
 from ..kvcache.align.layer_map import select_layers
 from ..kvcache.codec import require_codec
 from ..kvcache.create import TOKEN_BLOCK, SampleTable
 from ..kvcache.errors import ConfigError, ModelError
+from ..kvcache.evict import kept_lengths, require_eviction, require_reachable
 from ..kvcache.layout import KVGeometry, dtype_name
 from ..kvcache.manifest import (
     SCHEMA_VERSION,
@@ -32,7 +33,7 @@ from ..kvcache.manifest import (
 )
 from .extract_config import ExtractConfig
 from .models import builtin_teachers, load_teacher, load_tokenizer, resolve_device, resolve_dtype
-from .teacher_pass import capture_kv
+from .teacher_pass import capture_kv, eligible_tokens, evicts
 
 DEFAULT_MAX_TOKENS = 1024
 
@@ -75,6 +76,7 @@ def prepare(config: ExtractConfig) -> Prepared:
         raise ConfigError("no such batch", expected="at least 1", found=config.batch_size, remedy="Mend --batch-size")
     device, dtype = resolve_device(config.device), resolve_dtype(config.dtype)
     require_codec(config.codec)
+    require_eviction(config.evict, config.budget)
     corpus = load_corpus(config.dataset, config.samples, config.eval_samples, config.seed)
     source: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     tokenizer = load_tokenizer(config.model, **source)
@@ -83,6 +85,8 @@ def prepare(config: ExtractConfig) -> Prepared:
     tokens = list(tokenize(chain.from_iterable(corpus.splits.values()), tokenizer, max_tokens))
     _require_vocabulary(teacher, tokens)
     manifest = _manifest(config, teacher, tokenizer, corpus, max_tokens)
+    longest = max(int(eligible_tokens(t.segment_ids, manifest.segments).sum()) for t in tokens)
+    require_reachable(config.budget, longest)
     return Prepared(corpus, tokenizer, teacher, tokens, manifest, _probe(teacher, tokens[0]))
 
 
@@ -106,6 +110,9 @@ def sample_table(prepared: Prepared) -> SampleTable:
         table.input_ids[row, : len(sample)] = sample.input_ids
         table.segment_ids[row, : len(sample)] = sample.segment_ids
         table.spans[row, : len(sample)] = sample.spans
+    if evicts(prepared.manifest):
+        eligible = eligible_tokens(table.segment_ids, prepared.manifest.segments).sum(1, dtype=np.int32)
+        return replace(table, kv_length=kept_lengths(eligible, prepared.manifest.budget))
     return table
 
 
@@ -159,7 +166,9 @@ def _manifest(
         dtype=dtype_name(teacher.dtype),
         codec=config.codec,
         layers=select_layers(config.layers, num_layers),
-        eviction="none",
+        segments=select_segments(config.segments),
+        eviction=config.evict,
+        budget=config.budget,
         key_position="post-rope" if rope else "none",
         rope=rope,
         max_tokens=max_tokens,

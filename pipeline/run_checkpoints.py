@@ -83,5 +83,7 @@ class SealedCheckpoints(TrainerCallback):
 
 def _checkpoints(folder: Path) -> dict[int, Path]:
     """All that are there, sealed or not, by their steps."""
-    names = {path: re.fullmatch("checkpoint-([0-9]{1,15})", path.name) for path in folder.glob("checkpoint-*")}
+    # Not by a glob: it takes a folder that it cannot read for an empty one.
+    paths = list(folder.iterdir()) if folder.exists() else []
+    names = {path: re.fullmatch("checkpoint-([0-9]{1,15})", path.name) for path in paths}
     return {int(name[1]): path for path, name in names.items() if name}

@@ -67,9 +67,11 @@ class RunDirectory:
         self.require_free(identity, overwrite=overwrite)
         if overwrite and self.path.exists():
             # Renamed first: an interruption never leaves a folder that is half a run.
-            discarded = self.path.with_name(f".{self.path.name}{PARTIAL}")
+            folder = self.path.resolve()
+            discarded = folder.with_name(f".{folder.name}{PARTIAL}")
             shutil.rmtree(discarded, ignore_errors=True)
-            self.path.rename(discarded)
+            folder.rename(discarded)
+            folder.mkdir()
             shutil.rmtree(discarded)
         write_atomic(self.path / "config.json", _pretty(identity))
 
@@ -100,7 +102,8 @@ class RunDirectory:
                 f"{self.path} holds another run ({name} differs)",
                 expected=expected,
                 found=found,
-                remedy="Choose another folder with --output-dir, or delete this one (`distill --overwrite` does)",
+                remedy="Choose another folder (--output-dir, of an experiment --runs-dir), or delete this one "
+                "(`distill --overwrite` does)",
             )
 
     def finish(self, record: dict[str, Any]) -> dict[str, Any]:

@@ -60,7 +60,7 @@ def _run(config: DistillConfig, store: Path, run_dir: Path, device: str, threads
     torch.set_num_threads(threads)
     try:
         distill(config, store, run_dir, device=device)
-    except (KVPipeError, DataError) as error:
+    except (KVPipeError, DataError, OSError) as error:
         sys.exit(str(error))
 
 

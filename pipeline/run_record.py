@@ -39,8 +39,9 @@ def store_read(store: KVStore) -> dict[str, Any]:
         "path": str(store.path),
         "manifest": store.manifest.hash,
         "codec": store.codec.name,
-        "lossy": store.codec.lossy,
+        "lossy": store.lossy,
         "layers": list(store.manifest.layers),
+        "tokens_kept": float(store.kv_length.sum() / store.length.sum()),
     }
 
 

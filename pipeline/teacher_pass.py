@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import chain
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from rich.progress import Progress
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..data.batching import length_batches
+from ..data.sample import Segment, select_segments
 from ..kvcache.capture import CaptureCache
-from ..kvcache.layout import layer_pairs
-from ..kvcache.staging import Pairs
+from ..kvcache.evict import KEEP_ALL, NONE, POLICIES, Observed, choose_tokens
+from ..kvcache.layout import Pairs, layer_pairs, take_tokens
+from ..kvcache.manifest import Manifest
+from ..kvcache.queries import recorded_queries
 from ..kvcache.store import KVStore
 from ..kvcache.writer import OnNonfinite, ShardWriter
 from .ranks import ONE_PROCESS, Ranks
@@ -49,14 +55,37 @@ def capture_kv(model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: 
     return layer_pairs(cache)
 
 
-def read_samples(store: KVStore, teacher: PreTrainedModel, batch: list[int]) -> Pairs:
-    """Key and value `[B, H, T, D]` of the layers that a store keeps, from the teacher's forward over some samples."""
+def eligible_tokens(segment_ids: NDArray[np.int8], segments: Sequence[str]) -> NDArray[np.bool_]:
+    """Which tokens `[B, T]` are of the segments whose KV is kept."""
+    return np.isin(segment_ids, [Segment[name.upper()] for name in segments])
+
+
+def evicts(manifest: Manifest) -> bool:
+    """Whether the KV of some tokens is not kept."""
+    return manifest.eviction != NONE or set(manifest.segments) != set(select_segments("all"))
+
+
+def read_samples(store: KVStore, teacher: PreTrainedModel, batch: list[int]) -> tuple[Pairs, Tensor | None]:
+    """Key and value `[B, H, T, D]` of the layers and tokens that a store keeps, from the teacher's forward over some
+    samples; and, where tokens are evicted, the positions `[B, T]` of the rest."""
     length = torch.from_numpy(store.length[batch])
     width = int(length.max())
     ids = torch.from_numpy(store.input_ids[batch, :width].astype(np.int64)).to(teacher.device)
     mask = (torch.arange(width)[None] < length[:, None]).long().to(teacher.device)
-    pairs = capture_kv(teacher, ids, mask)
-    return [pairs[layer] for layer in store.manifest.layers]
+    policy = POLICIES.get(store.manifest.eviction, KEEP_ALL)
+    window = length[:, None] - policy.window + torch.arange(policy.window)
+    with recorded_queries(teacher, window) if policy.window else nullcontext() as queries:
+        every_layer = capture_kv(teacher, ids, mask)
+    layers = store.manifest.layers
+    pairs = [every_layer[layer] for layer in layers]
+    if not store.evicts:
+        return pairs, None
+    seen = [queries[layer] for layer in layers] if queries is not None else None
+    scores = policy.scores(Observed(batch, length, pairs, store.manifest.seed, seen, window))
+    eligible = torch.from_numpy(eligible_tokens(store.segment_ids[batch, :width], store.manifest.segments))
+    counts = torch.from_numpy(store.kv_length[batch])
+    positions = choose_tokens(scores, eligible.to(scores.device), counts).to(teacher.device)
+    return [(take_tokens(key, positions), take_tokens(value, positions)) for key, value in pairs], positions
 
 
 def plan_windows(store: KVStore, batch_size: int | None, device: torch.device) -> list[range]:
@@ -102,11 +131,14 @@ def run_teacher(
     batches = list(plan_batches(store, windows, batch_size, teacher.device, missing))
     total = int(sum(store.length[i] for batch in batches for i in batch))
     task = progress.add_task("extract", total=total, status="", visible=bool(batches))
+    if batches and ranks.is_main:
+        # Killed or not, `repair` has to know the batches.
+        store.add_extraction(0.0, 0, str(teacher.device), batch_size)
     start, seconds, tokens = time.perf_counter(), 0.0, 0.0
     try:
         with ShardWriter(store, missing, on_nonfinite=on_nonfinite) as writer:
             for batch in batches:
-                writer.put(batch, read_samples(store, teacher, batch))
+                writer.put(batch, *read_samples(store, teacher, batch))
                 tokens += int(store.length[batch].sum())
                 seconds = time.perf_counter() - start
                 progress.update(task, completed=tokens, status=_status(writer, tokens, seconds))

@@ -112,7 +112,7 @@ class DistillTrainer(Trainer):
                 self._part_sums[part] = outputs[part] + self._part_sums.get(part, 0)
         self._part_steps += 1
         if "target" in outputs and self.state.global_step % self.args.logging_steps == 0:
-            self._check_collapse(outputs["target"], inputs["attention_mask"])
+            self._check_collapse(outputs["target"], outputs["target_mask"])
         return outputs["loss"]
 
     def _check_collapse(self, target: Tensor, mask: Tensor) -> None:

@@ -22,7 +22,8 @@ class KVDataset(Dataset[Batch]):
     """Indexed by whole batches: a list of positions in the store gives one padded batch.
 
     A batch holds `input_ids`, `attention_mask`, `labels` (`[B, T]`; the prompt is read, not learned) and,
-    with `with_kv`, `teacher_kv` `[L, 2, B, H, T, D]`. `shuffle_seed` permutes every sample's teacher KV in time,
+    with `with_kv`, `teacher_kv` `[L, 2, B, H, K, D]`, of all tokens or, where the store evicts some, of those at
+    `kv_positions` `[B, K]` (-1 past the last). `shuffle_seed` permutes every sample's teacher KV in time,
     the same way each epoch: the control that keeps all of the target but its place.
     """
 
@@ -47,7 +48,10 @@ class KVDataset(Dataset[Batch]):
             "labels": torch.from_numpy(np.where(learned, input_ids, IGNORED)),
         }
         if self.reader is not None:
-            batch["teacher_kv"] = self._permuted(indices, self.reader.read(indices))
+            kv, positions = self.reader.read_with_positions(indices)
+            batch["teacher_kv"] = self._permuted(indices, kv)
+            if positions is not None:
+                batch["kv_positions"] = positions
         return batch
 
     def _permuted(self, indices: Sequence[int], kv: KV) -> KV:
@@ -55,7 +59,7 @@ class KVDataset(Dataset[Batch]):
             return kv
         permuted = kv.clone()
         for row, index in enumerate(indices):
-            length = int(self.store.length[index])
+            length = int(self.store.kv_length[index])
             order = np.random.default_rng([self.shuffle_seed, index]).permutation(length)
             permuted[:, :, row, :, :length] = kv[:, :, row].index_select(3, torch.from_numpy(order))
         return permuted
@@ -74,7 +78,7 @@ def teacher_moments(
         batch = chosen[start : start + batch_size]
         # Tokens past a sample's end are zero in the store, so they add nothing to either sum.
         kv = reader.read(batch).double()
-        count += int(store.length[batch].sum())
+        count += int(store.kv_length[batch].sum())
         total = total + kv.sum(dim=(2, 4), keepdim=True)
         squares = squares + kv.square().sum(dim=(2, 4), keepdim=True)
     mean = total / count

@@ -18,6 +18,7 @@ os.environ.update(
 
 from collections.abc import Callable, Sequence
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ install_import_hook("kvpipe", "beartype.beartype")
 
 # Only now: the hook sees the modules that are imported after it.
 from kvpipe.kvcache.create import TOKEN_BLOCK, SampleTable, create_store  # noqa: E402
-from kvpipe.kvcache.layout import KVGeometry  # noqa: E402
+from kvpipe.kvcache.layout import KVGeometry, take_tokens  # noqa: E402
 from kvpipe.kvcache.manifest import DatasetIdentity, Manifest, TeacherIdentity  # noqa: E402
 from kvpipe.kvcache.store import KVStore  # noqa: E402
 from kvpipe.kvcache.writer import ShardWriter  # noqa: E402
@@ -117,7 +118,9 @@ def make_manifest() -> Callable[..., Manifest]:
             "dtype": "bfloat16",
             "codec": "raw",
             "layers": (0, 1),
+            "segments": ("prompt", "reasoning", "answer"),
             "eviction": "none",
+            "budget": None,
             "key_position": "post-rope",
             "rope": {"rope_theta": 10000.0, "rope_type": "default"},
             "max_tokens": 64,
@@ -134,7 +137,8 @@ def make_store(
 ) -> Callable[..., tuple[KVStore, Tensor]]:
     """`store, kv = make_store([5, 40, 33], samples_per_shard=2)`: a store and what is in it.
 
-    `kv` is `[L, 2, B, H, T, D]`, random, zero past a sample's length. With `fill=False` no shard is written.
+    `kv` is `[L, 2, B, H, T, D]`, random, zero past a sample's length. With `fill=False` no shard is written. With
+    `kept`, so many tokens of every sample are, every other from the second on.
     """
 
     def make(
@@ -148,9 +152,13 @@ def make_store(
         records: Sequence[dict[str, Any]] | None = None,
         tokenizer_files: dict[str, bytes] | None = None,
         codec: str = "raw",
+        kept: Sequence[int] | None = None,
         fill: bool = True,
     ) -> tuple[KVStore, Tensor]:
         geometry = KVGeometry(num_layers, num_kv_heads, head_dim, dtype)
+        table = _sample_table(lengths, records)
+        if kept is not None:
+            table = replace(table, kv_length=np.asarray(kept, np.int32))
         store = create_store(
             tmp_path_factory.mktemp("store") / "tiny.zarr",
             make_manifest(
@@ -160,7 +168,7 @@ def make_store(
                 teacher=TeacherIdentity("tiny", "main", num_layers, "c0ffee", "facade"),
                 dataset=DatasetIdentity("numbers", len(lengths), "beaded"),
             ),
-            _sample_table(lengths, records),
+            table,
             geometry,
             tokenizer_files=tokenizer_files or {},
             truncated=0,
@@ -169,10 +177,20 @@ def make_store(
         kv = _random_kv(store)
         if fill:
             with ShardWriter(store, range(store.num_shards)) as writer:
-                writer.put(range(len(lengths)), [(key, value) for key, value in kv])
+                pairs, positions = [(key, value) for key, value in kv], None
+                if kept is not None:
+                    positions = every_other(kept)
+                    pairs = [(take_tokens(key, positions), take_tokens(value, positions)) for key, value in pairs]
+                writer.put(range(len(lengths)), pairs, positions)
         return store, kv
 
     return make
+
+
+def every_other(kept: Sequence[int]) -> Tensor:
+    """Positions 1, 3, 5, ... of so many tokens of every sample, -1 past the last."""
+    places = 2 * torch.arange(max(kept)) + 1
+    return torch.stack([torch.where(torch.arange(max(kept)) < count, places, -1) for count in kept])
 
 
 def _sample_table(lengths: Sequence[int], records: Sequence[dict[str, Any]] | None) -> SampleTable:

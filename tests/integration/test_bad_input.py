@@ -102,6 +102,18 @@ EXTRACT_CASES = {
     "other dtype": _extract("--dtype", "float32", place=STORED, says=("dtype differs", "expected float32")),
     "other codec": _extract("--codec", "int8", place=STORED, says=("codec differs", "expected int8, found raw")),
     "other layers": _extract("--layers", "0", place=STORED, says=("layers differs", "expected [0], found")),
+    "other segments": _extract("--segments", "answer", place=STORED, says=("segments differs", "expected ['answer']")),
+    "other eviction": _extract(
+        "--evict", "rkv", "--budget", "8", place=STORED, says=("eviction differs", "expected rkv, found none")
+    ),
+    "policy": _extract("--evict", "h2o", "--budget", "8", says=("unknown eviction policy", "right-crop", "found h2o")),
+    "policy alone": _extract("--evict", "rkv", says=("expected both --evict and --budget", "no budget")),
+    "budget alone": _extract("--budget", "0.5", says=("expected both --evict and --budget", "--budget 0.5")),
+    "budget of none": _extract("--evict", "rkv", "--budget", "0", says=("no such budget", "found 0")),
+    "budget a word": _extract("--evict", "rkv", "--budget", "half", says=("no such budget", "found half")),
+    "budget beyond": _extract("--evict", "rkv", "--budget", "9999", says=("larger than every sample", "found 9999")),
+    "segment": _extract("--segments", "prompt,proof", says=("expected all, or some of prompt", "found proof")),
+    "no segment": _extract("--segments", "", says=("found nothing", "--segments")),
     "other limit": _extract("--max-tokens", 64, place=STORED, says=("max_tokens differs", "expected 64, found 1024")),
 }
 DISTILL_CASES = {

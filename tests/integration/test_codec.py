@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import pytest
+import zarr
 
 EXTRACT = ["extract", "--model", "qwen", "--samples", 40, "--eval-samples", 4]
 DISTILL = ["distill", "--max-steps", 6, "--batch-size", 8, "--max-new-tokens", 2]
@@ -33,6 +38,54 @@ def test_a_lossy_store_says_so(kvpipe: Any, tmp_path: Path) -> None:
     kvpipe(*DISTILL, "--store", "x.zarr", "--output-dir", "run", cwd=tmp_path)
     store = json.loads((tmp_path / "run" / "run.json").read_text())["store"]
     assert (store["codec"], store["lossy"], store["layers"]) == ("int4", True, [0, 1, 2, 3])
+
+
+def test_a_student_learns_from_the_tokens_that_were_kept(kvpipe: Any, tmp_path: Path) -> None:
+    options = ["--segments", "reasoning,answer", "--evict", "rkv", "--budget", "0.5", "--codec", "int8"]
+    kvpipe(*EXTRACT, *options, "--store", "x.zarr", cwd=tmp_path)
+    kvpipe("verify", "x.zarr", cwd=tmp_path)
+    summary = json.loads(kvpipe("inspect", "x.zarr", "--json", cwd=tmp_path).stdout)
+    assert (summary["lossy"], summary["manifest"]["eviction"], summary["manifest"]["budget"]) == (True, "rkv", 0.5)
+    assert re.fullmatch(r"int8, [1-4][0-9]% of the tokens \(reasoning, answer, rkv\)", summary["kept_as"])
+    group = zarr.open_group(tmp_path / "x.zarr", mode="r")
+    length, kept, segments = (group[name][...] for name in ("length", "kv_length", "segment_ids"))
+    for sample in range(len(length)):
+        eligible = (segments[sample] > 0).sum()
+        assert kept[sample] == -(-eligible // 2)
+        places = group["kv_position"][sample, : kept[sample]]
+        assert (segments[sample][places] > 0).all()
+        assert (np.diff(places) > 0).all()
+        # R-KV keeps the last eight tokens, as far as its budget goes.
+        assert set(places[-min(8, kept[sample]) :]) <= set(range(length[sample] - 8, length[sample])), sample
+    kvpipe(*DISTILL, "--store", "x.zarr", "--output-dir", "run", cwd=tmp_path)
+    store = json.loads((tmp_path / "run" / "run.json").read_text())["store"]
+    assert store["lossy"] is True
+    assert store["tokens_kept"] == pytest.approx(kept.sum() / length.sum())
+
+
+def test_eviction_without_effect_is_the_whole_store(kvpipe: Any, tmp_path: Path) -> None:
+    """A budget of every token gives the student that all tokens give, to the last bit."""
+    kvpipe(*EXTRACT, "--store", "all.zarr", cwd=tmp_path)
+    longest = int(zarr.open_group(tmp_path / "all.zarr", mode="r")["length"][...].max())
+    kvpipe(*EXTRACT, "--store", "budget.zarr", "--evict", "rkv", "--budget", longest, cwd=tmp_path)
+    for name in ("all", "budget"):
+        kvpipe(*DISTILL, "--store", f"{name}.zarr", "--output-dir", name, cwd=tmp_path)
+    weights = [(tmp_path / name / "student" / "model.safetensors").read_bytes() for name in ("all", "budget")]
+    assert weights[0] == weights[1]
+
+
+def test_a_repaired_shard_keeps_the_same_tokens(kvpipe: Any, tmp_path: Path) -> None:
+    kvpipe(
+        *EXTRACT, "--evict", "rkv", "--budget", "0.5", "--max-shard-size", "400KB", "--store", "x.zarr", cwd=tmp_path
+    )
+    shards = sorted(path for path in tmp_path.glob("x.zarr/kv*/c/**/*") if path.is_file())
+    before = [path.read_bytes() for path in shards]
+    assert len(shards) > 4
+    for path in (shards[0], shards[-1]):
+        path.write_bytes(b"")
+    assert "damaged" in kvpipe("verify", "x.zarr", cwd=tmp_path, code=2).stderr
+    kvpipe("repair", "x.zarr", cwd=tmp_path)
+    assert [path.read_bytes() for path in shards] == before
 
 
 def test_a_student_of_more_layers_than_were_kept_is_refused(kvpipe: Any, tmp_path: Path) -> None:

@@ -1,0 +1,190 @@
+"""Which tokens' KV is worth its bytes: a policy scores every token of a sample, and the best within a budget stay.
+
+A sample keeps one set of tokens for all layers and heads, so that a store stays one array; methods that choose for
+every head apart are averaged over heads and layers. The places of the tokens that stay are stored beside their KV.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F  # noqa: N812 - the name everybody uses
+from jaxtyping import Bool, Float, Int
+from numpy.typing import NDArray
+from torch import Tensor
+
+from .errors import ConfigError
+from .layout import Pairs
+
+
+@dataclass(frozen=True)
+class Observed:
+    """What a policy may look at: a batch's samples by their places in the store, their `lengths`, and key and value
+    `[B, H, T, D]` of every layer; with `queries`, one `[B, Hq, W, D]` a layer, those at the places `window` `[B, W]`,
+    times the scale of the attention (-1 where a sample has fewer tokens)."""
+
+    samples: Sequence[int]
+    lengths: Int[Tensor, " B"]
+    pairs: Pairs
+    seed: int
+    queries: list[Float[Tensor, "B Hq W D"]] | None = None
+    window: Int[Tensor, "B W"] | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        return self.pairs[0][0].shape[2]
+
+
+class Eviction(ABC):
+    """A policy: one method to override."""
+
+    window = 0
+    """How many of a sample's last queries it looks at."""
+
+    @abstractmethod
+    def scores(self, observed: Observed) -> Float[Tensor, "B T"]:
+        """The higher, the sooner a token is kept. What is said of tokens past a sample's end means nothing."""
+
+
+class RightCrop(Eviction):
+    """The first tokens stay."""
+
+    def scores(self, observed: Observed) -> Float[Tensor, "B T"]:
+        return -torch.arange(observed.num_tokens, dtype=torch.float32).expand(len(observed.samples), -1)
+
+
+class Random(Eviction):
+    """Tokens drawn by the seed and the sample: the control that any other policy has to beat."""
+
+    def scores(self, observed: Observed) -> Float[Tensor, "B T"]:
+        shape = len(observed.samples), observed.num_tokens
+        drawn = np.zeros(shape, np.float32)
+        for row, (sample, length) in enumerate(zip(observed.samples, observed.lengths.tolist(), strict=True)):
+            drawn[row, :length] = np.random.default_rng([observed.seed, sample]).random(length, np.float32)
+        return torch.from_numpy(drawn)
+
+
+class RKV(Eviction):
+    """R-KV (arXiv:2505.24133): attended tokens stay, those whose keys say what others say go.
+
+    `MIX * importance - (1 - MIX) * redundancy`. Importance is the attention of the last `window` queries, widened to
+    neighbours; redundancy the softmax over tokens of the mean cosine similarity with all keys, where every key
+    leaves out the last of those much like it. The last `window` tokens always stay. Beyond the paper: every
+    sample ends at its own last token, however long the batch, and heads and layers are averaged.
+    """
+
+    window = 8
+    MIX = 0.1
+    NEIGHBOURS = 7
+    ALIKE = 0.5
+
+    def scores(self, observed: Observed) -> Float[Tensor, "B T"]:
+        assert observed.queries is not None
+        assert observed.window is not None
+        device = observed.pairs[0][0].device
+        lengths, window = observed.lengths.to(device), observed.window.to(device)
+        real = torch.arange(observed.num_tokens, device=device) < lengths[:, None]
+        total = torch.zeros(real.shape, device=device)
+        for (key, _), queries in zip(observed.pairs, observed.queries, strict=True):
+            importance = self._importance(key.float(), queries.float(), window)
+            redundancy = self._redundancy(key.float(), real, lengths)
+            total += (self.MIX * importance - (1 - self.MIX) * redundancy).mean(1)
+        recent = torch.arange(observed.num_tokens, device=device) >= lengths[:, None] - self.window
+        return total.masked_fill(recent & real, math.inf)
+
+    def _importance(
+        self, key: Float[Tensor, "B H T D"], queries: Float[Tensor, "B Hq W D"], window: Int[Tensor, "B W"]
+    ) -> Float[Tensor, "B H T"]:
+        grouped = queries.unflatten(1, (key.shape[1], -1))
+        logits = grouped @ key[:, :, None].transpose(-1, -2)
+        seen = torch.arange(key.shape[2], device=key.device) <= window[:, None, None, :, None]
+        # A query that is not there sees nothing, and its softmax is no number.
+        attention = logits.masked_fill(~seen, -math.inf).softmax(-1).nan_to_num(0).mean(2)
+        attention = attention.sum(2) / (window >= 0).sum(1)[:, None, None]
+        return F.max_pool1d(attention, self.NEIGHBOURS, stride=1, padding=self.NEIGHBOURS // 2)
+
+    def _redundancy(
+        self, key: Float[Tensor, "B H T D"], real: Bool[Tensor, "B T"], lengths: Int[Tensor, " B"]
+    ) -> Float[Tensor, "B H T"]:
+        unit = F.normalize(key, dim=-1)
+        similarity = unit @ unit.transpose(-1, -2)
+        both = real[:, None, :, None] & real[:, None, None, :] & ~torch.eye(real.shape[1], device=key.device).bool()
+        similarity = similarity.masked_fill(~both, 0)
+        alike = similarity > self.ALIKE
+        # argmax finds the first of the greatest: among flipped tokens, the last alike.
+        last = real.shape[1] - 1 - alike.flip(-1).int().argmax(-1, keepdim=True)
+        spared = torch.zeros_like(alike).scatter_(-1, last, value=True) & alike
+        mean = similarity.masked_fill(spared, 0).sum(-2) / lengths[:, None, None]
+        return mean.masked_fill(~real[:, None], -math.inf).softmax(-1)
+
+
+KEEP_ALL = RightCrop()
+"""Where nothing but whole segments is evicted, all tokens fit, and no score decides."""
+
+POLICIES: dict[str, Eviction] = {"right-crop": RightCrop(), "random": Random(), "rkv": RKV()}
+NONE = "none"
+
+
+def require_eviction(policy: str, budget: float | None) -> None:
+    """Raise ConfigError for an unknown policy, and for a budget that is none."""
+    if policy not in (NONE, *POLICIES):
+        raise ConfigError(
+            "unknown eviction policy", expected=", ".join((NONE, *POLICIES)), found=policy, remedy="Mend --evict"
+        )
+    if (policy == NONE) != (budget is None):
+        raise ConfigError(
+            "a policy and its budget go together",
+            expected="both --evict and --budget, or neither",
+            found=f"--evict {policy} with {'no budget' if budget is None else f'--budget {budget:g}'}",
+            remedy="Name both",
+        )
+    if budget is not None and not (0 < budget < 1 or (budget >= 1 and float(budget).is_integer())):
+        raise ConfigError(
+            "no such budget",
+            expected="a share of a sample's tokens below 1, or a whole number of tokens",
+            found=f"{budget:g}",
+            remedy="Mend --budget",
+        )
+
+
+def require_reachable(budget: float | None, longest: int) -> None:
+    """Raise ConfigError where no sample has a token that may be kept, or none reaches the budget."""
+    if longest < 1:
+        raise ConfigError(
+            "no token is left to keep", expected="at least 1 in some sample", found=longest, remedy="Mend --segments"
+        )
+    if budget is not None and budget > longest:
+        raise ConfigError(
+            "the budget is larger than every sample",
+            expected=f"at most {longest} tokens",
+            found=f"{budget:g}",
+            remedy="Lower --budget, or keep all with --evict none",
+        )
+
+
+def kept_lengths(eligible: NDArray[np.int32], budget: float | None) -> NDArray[np.int32]:
+    """How many tokens each sample keeps of those `[B]` that are eligible: a share of them, rounded up, or at most a
+    number."""
+    if budget is None:
+        return eligible
+    if budget < 1:
+        return np.ceil(eligible * budget).astype(np.int32)
+    return np.minimum(eligible, int(budget)).astype(np.int32)
+
+
+def choose_tokens(
+    scores: Float[Tensor, "B T"], eligible: Bool[Tensor, "B T"], counts: Int[Tensor, " B"]
+) -> Int[Tensor, "B K"]:
+    """Places of the best `counts` eligible tokens of every sample, in reading order; -1 past the last. Of equals the
+    first is kept."""
+    num_tokens = scores.shape[1]
+    best = scores.masked_fill(~eligible, -math.inf).argsort(dim=1, descending=True, stable=True)
+    best = best[:, : max(1, int(counts.max()))]
+    spare = torch.arange(best.shape[1], device=best.device) >= counts.to(best.device)[:, None]
+    ordered = best.masked_fill(spare, num_tokens).sort(1).values
+    return ordered.masked_fill(ordered == num_tokens, -1)
