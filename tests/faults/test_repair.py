@@ -18,7 +18,7 @@ from kvpipe.pipeline.models import builtin_teachers
 from kvpipe.pipeline.repair import repair
 from safetensors.torch import load_file, save_file
 
-from .conftest import Tally
+from .conftest import EXTRACT, Commands, Tally, contents
 
 
 @pytest.fixture(scope="module")
@@ -104,3 +104,17 @@ def test_a_teacher_that_is_not_built_in_has_to_be_named(whole: Path, tmp_path: P
     with pytest.raises(ConfigError, match=r"expected the folder or Hub id of mine, found none\. Name it with --model"):
         repair(path)
     assert [found.shard for found in repair(path, model=config.model)] == [0]
+
+
+def test_an_extraction_that_was_killed_is_repaired_with_its_own_batches(
+    commands: Commands, tmp_path: Path, tally: Tally
+) -> None:
+    for name in ("whole", "killed"):
+        (tmp_path / name).mkdir()
+    events = commands.finish(EXTRACT, tmp_path / "whole")["events"]
+    assert commands.run(EXTRACT, tmp_path / "killed", kill_at_event=events * 2 // 3)["code"] == -9
+    written = len(repair(tmp_path / "killed" / "x.zarr"))
+    assert written > 0
+    left_out = {"x.zarr/zarr.json", ".x.zarr.lock"}
+    assert contents(tmp_path / "killed", left_out) == contents(tmp_path / "whole", left_out)
+    tally.add("shards repaired", tried=written, injected=written, detected=written, lost=0)

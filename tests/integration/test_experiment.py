@@ -54,6 +54,13 @@ def test_an_experiment_is_run_once_and_survives_an_arm_that_fails(kvpipe: Any, t
     written = {name: path.stat().st_mtime_ns for name, path in records.items()}
     _check_report(tmp_path / "reports" / "tiny")
 
+    # One is to be run again, and its metrics are damaged until it begins.
+    unfinished = records.pop("flat-seed2")
+    unfinished.unlink()
+    del written["flat-seed2"]
+    unfinished.with_name("metrics.jsonl").write_text("garbage\n")
+    kvpipe("experiment", "run", "tiny.toml", cwd=tmp_path)
+
     again, greedy = kvpipe.many(
         [
             ["experiment", "run", "tiny.toml", "--jobs", 2],

@@ -130,15 +130,23 @@ def test_a_run_killed_between_its_last_checkpoint_and_its_end_takes_no_step_more
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["checkpoint-7"]
     assert [line["step"] for line in curve] == [3, 6, 7]
 
-    (run / "run.json").unlink()
-    shutil.rmtree(run / "student")
-    outcome = kvpipe(*command, cwd=tmp_path)
-    assert "7 steps" in outcome.stdout
-    assert {name: (run / name).read_bytes() for name in whole} == whole
-    assert _curve(run) == curve
-    again = json.loads((run / "run.json").read_text())
-    assert again["resumed_from"] == "checkpoint-7"
-    assert {part: again[part] for part in ("metrics", "steps")} == {part: record[part] for part in ("metrics", "steps")}
+    def again(resumed_from: str | None) -> None:
+        (run / "run.json").unlink()
+        shutil.rmtree(run / "student")
+        assert "7 steps" in kvpipe(*command, cwd=tmp_path).stdout
+        assert {name: (run / name).read_bytes() for name in whole} == whole
+        assert _curve(run) == curve
+        repeated = json.loads((run / "run.json").read_text())
+        assert repeated["resumed_from"] == resumed_from
+        assert all(repeated[part] == record[part] for part in ("metrics", "steps"))
+
+    again("checkpoint-7")
+    # What a process leaves that is killed while it seals: the next one writes the same checkpoint.
+    (run / "checkpoints" / "checkpoint-7" / "checkpoint.json").rename(
+        run / "checkpoints" / "checkpoint-7" / "checkpoint.json.partial"
+    )
+    again(None)
+    again("checkpoint-7")
 
 
 def _curve(run: Path) -> list[dict[str, Any]]:

@@ -28,3 +28,17 @@ def test_memory_that_is_not_there_is_one_line(allocate: Callable[[], Any]) -> No
 def test_a_bug_stays_a_traceback() -> None:
     assert app._user_error_code(raised(lambda: [][0])) is None
     assert app._user_error_code(RuntimeError("shape mismatch")) is None
+
+
+@pytest.mark.parametrize(
+    ("error", "remedy"),
+    [
+        (IsADirectoryError(21, "Is a directory", "x"), "Remove what is in the way, or choose another place"),
+        (RuntimeError("I/O error: Is a directory (os error 21)"), "Remove what is in the way, or choose another place"),
+        (PermissionError(13, "Permission denied", "x"), "Mend the permissions, or choose another place"),
+        (OSError(28, "No space left on device", "x"), "Make room or choose another place"),
+    ],
+)
+def test_every_kind_of_disk_error_has_its_own_remedy(error: Exception, remedy: str) -> None:
+    assert app._user_error_code(error) == 2
+    assert f". {remedy}; the same command then goes on" in app._sentence(error)

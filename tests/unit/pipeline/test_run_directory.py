@@ -53,6 +53,18 @@ def test_overwrite_replaces_a_run_and_all_that_it_left(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
+def test_overwrite_empties_the_folder_that_a_link_leads_to(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "run").symlink_to("disk")
+    run = RunDirectory(tmp_path / "run")
+    run.claim(IDENTITY, overwrite=False)
+    finish(run)
+    run.claim(OTHER, overwrite=True)
+    assert (tmp_path / "run").is_symlink()
+    assert [path.name for path in (tmp_path / "disk").iterdir()] == ["config.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "run"]
+
+
 @pytest.mark.parametrize("overwrite", [False, True])
 @pytest.mark.parametrize("name", ["notes.txt", "config.json"])
 def test_a_folder_that_is_no_run_is_never_touched(tmp_path: Path, name: str, overwrite: bool) -> None:
