@@ -9,6 +9,7 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
+from scipy import stats
 
 from .results import Results
 
@@ -54,16 +55,39 @@ def learning_curves(results: Results) -> str:
 
 
 def paired_differences(results: Results) -> str:
-    """Every seed's difference on the primary metric, with the mean and its 95% interval."""
+    """Every seed's difference on the primary metric, with the mean, its interval and the margin that was declared."""
     comparisons = results.comparisons[results.primary_metric]
     figure, axes = _figure(6.4, 0.8 + 0.5 * len(comparisons))
     axes.axvline(0, color=INK, linewidth=0.8)
     for row, comparison in enumerate(reversed(comparisons)):
         axes.plot(comparison.differences, [row] * comparison.num_seeds, "o", color=COLOURS[0], alpha=0.45)
         axes.plot([comparison.ci_low, comparison.ci_high], [row, row], color=COLOURS[1], linewidth=2)
+        if comparison.margin is not None:
+            axes.plot([-comparison.margin, comparison.margin], [row, row], "|", color=INK, markersize=14)
         axes.plot([comparison.mean_difference], [row], "D", color=COLOURS[1], markersize=6)
     axes.set_yticks(range(len(comparisons)), [f"{c.arm} - {c.control}" for c in reversed(comparisons)])
-    axes.set_xlabel(f"difference in {results.primary_metric}, one dot a seed; mean and 95% CI")
+    axes.set_xlabel(f"difference in {results.primary_metric}, one dot a seed; mean, CI and margin")
+    return _svg(figure)
+
+
+def frontier(results: Results) -> str:
+    """What a store's bytes buy: the primary metric of every arm, with its 95% interval over seeds, by bytes a token."""
+    figure, axes = _figure(6.4, 4.2)
+    for arm, colour in zip(results.arms(), cycle(COLOURS), strict=False):
+        runs = [run for run in results.runs if run.arm == arm]
+        scores = np.array([run.scores[results.primary_metric] for run in runs])
+        half = stats.sem(scores) * stats.t.ppf(0.975, len(scores) - 1) if len(scores) > 1 else 0.0
+        if runs[0].record["config"]["mode"] == "none":
+            axes.axhspan(scores.mean() - half, scores.mean() + half, color=colour, alpha=0.15, linewidth=0)
+            axes.axhline(scores.mean(), color=colour, linestyle="--", label=f"{arm} (no KV)")
+            continue
+        axes.errorbar(results.bytes_per_token(arm), scores.mean(), half, color=colour, marker="o", capsize=3)
+        axes.annotate(arm, (results.bytes_per_token(arm), scores.mean()), (6, 4), textcoords="offset points")
+    axes.set_xscale("log")
+    axes.set_xlabel("bytes a token on disk")
+    axes.set_ylabel(results.primary_metric)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend()
     return _svg(figure)
 
 

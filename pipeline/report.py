@@ -10,7 +10,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
 from ..kvcache.files import write_atomic
-from .plots import learning_curves, paired_differences, time_by_part
+from .plots import frontier, learning_curves, paired_differences, time_by_part
 from .results import Results, arm_summary
 from .stats import MIN_SEEDS, Comparison
 
@@ -22,6 +22,8 @@ def write_report(results: Results, folder: Path) -> Path:
         "paired_differences": paired_differences(results),
         "time_by_part": time_by_part(results),
     }
+    if len(results.stores) > 1:
+        figures["frontier"] = frontier(results)
     environment = Environment(
         loader=PackageLoader("kvpipe.pipeline", "templates"),
         autoescape=select_autoescape(["html.jinja"]),
@@ -50,7 +52,8 @@ def sentence(comparison: Comparison) -> str:
     c = comparison
     test = "Holm-adjusted p" if c.margin is None else f"Holm-adjusted p of a difference within {c.margin:g}"
     numbers = (
-        f"difference in {c.metric} {number(c.mean_difference)}, 95% CI {number(c.ci_low)} to {number(c.ci_high)}, "
+        f"difference in {c.metric} {number(c.mean_difference)}, "
+        f"{c.confidence:.0%} CI {number(c.ci_low)} to {number(c.ci_high)}, "
         f"{test} {p_value(c.p_adjusted)}, {c.num_seeds} paired seeds"
     )
     if c.verdict == "no verdict":
@@ -59,8 +62,8 @@ def sentence(comparison: Comparison) -> str:
         )
     if c.verdict == "inconclusive":
         return f"{c.arm} against {c.control}: inconclusive ({numbers})."
-    if c.verdict == "equivalent":
-        return f"{c.arm} is equivalent to {c.control} ({numbers})."
+    if c.verdict in ("equivalent", "not equivalent"):
+        return f"{c.arm} is {c.verdict} to {c.control} ({numbers})."
     return f"{c.arm} is {c.verdict} than {c.control} ({numbers})."
 
 

@@ -67,6 +67,11 @@ class Results:
     def arms(self) -> list[str]:
         return list(dict.fromkeys(run.arm for run in self.runs))
 
+    def bytes_per_token(self, arm: str) -> float:
+        """Of the store that an arm reads, on disk."""
+        sizes = {store["path"]: float(store["bytes_per_token"]) for store in self.stores}
+        return next(sizes[run.record["store"]["path"]] for run in self.runs if run.arm == arm)
+
 
 def collect(config: ExperimentConfig, outcome: ExperimentRuns, runs_dir: Path) -> Results:
     """Gather and compare. Raises ConfigError where two runs of a seed are not a pair."""

@@ -12,7 +12,7 @@ from scipy import stats
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.weightstats import DescrStatsW
 
-Verdict = Literal["better", "worse", "equivalent", "inconclusive", "no verdict"]
+Verdict = Literal["better", "worse", "equivalent", "not equivalent", "inconclusive", "no verdict"]
 
 ALPHA = 0.05
 MIN_SEEDS = 6
@@ -41,7 +41,8 @@ class Question:
 class Comparison:
     """`arm` against `control` on one metric. `differences` are arm minus control, one a seed.
 
-    With a `margin` the p-value is that of equivalence: the greater one of two one-sided tests.
+    With a `margin` the p-value is that of equivalence, the greater one of two one-sided tests, and the interval the one
+    that lies within the margin where both reject.
     """
 
     arm: str
@@ -62,6 +63,11 @@ class Comparison:
     def num_seeds(self) -> int:
         return len(self.seeds)
 
+    @property
+    def confidence(self) -> float:
+        """Of the interval: two one-sided tests at ALPHA go with one of 1 - 2 * ALPHA."""
+        return 1 - ALPHA if self.margin is None else 1 - 2 * ALPHA
+
 
 def compare(
     question: Question, metric: str, arm_scores: Mapping[int, float], control_scores: Mapping[int, float]
@@ -79,7 +85,7 @@ def compare(
     low = high = p_value = effect = float("nan")
     if spread > ROUNDING * abs(mean):
         test = stats.ttest_1samp(differences, 0.0)
-        interval = test.confidence_interval(1 - ALPHA)
+        interval = test.confidence_interval(1 - ALPHA if question.margin is None else 1 - 2 * ALPHA)
         low, high, p_value = float(interval.low), float(interval.high), float(test.pvalue)
         if question.margin is not None:
             p_value = float(DescrStatsW(differences).ttost_mean(-question.margin, question.margin)[0])
@@ -118,6 +124,9 @@ def adjust(comparisons: Sequence[Comparison]) -> list[Comparison]:
 def _verdict(comparison: Comparison, p_adjusted: float) -> Verdict:
     if comparison.num_seeds < MIN_SEEDS or math.isnan(p_adjusted):
         return "no verdict"
+    if comparison.margin is not None and max(comparison.ci_low, -comparison.ci_high) > comparison.margin:
+        # The whole interval is on one side of the margin. (Of the interval, so not adjusted for the family.)
+        return "not equivalent"
     if not p_adjusted < ALPHA:
         return "inconclusive"
     if comparison.margin is not None:

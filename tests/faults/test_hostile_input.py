@@ -28,7 +28,7 @@ from kvpipe.kvcache.integrity import metadata_checksums, seal
 from kvpipe.kvcache.side_arrays import add_array
 
 from .conftest import HOSTILE_DISTILL, HOSTILE_LENGTHS, Tally
-from .hostile_reader import TOKEN, Marking, Reader, is_one_line
+from .hostile_reader import SECONDS, TOKEN, Marking, Reader, is_one_line
 
 Points = Callable[[int, int], int]
 
@@ -206,7 +206,7 @@ TYPES: dict[str, Callable[[Forgery], object]] = {
     "token ids of int64": lambda f: f.write("input_ids", np.full((4, 64), 2**40)),
 }
 VALUES: dict[str, Callable[[Forgery], object]] = {
-    "fewer lengths": lambda f: f.write("length", np.array(LENGTHS[:3], np.int32)),
+    "fewer lengths": lambda f: f.write("length", np.array(HOSTILE_LENGTHS[:3], np.int32)),
     "more splits": lambda f: f.write("split", np.zeros(5, np.int8)),
     "more token ids": lambda f: f.write("input_ids", np.ones((9, 64), np.int32)),
     "narrow token ids": lambda f: f.write("input_ids", np.ones((4, 8), np.int32)),
@@ -317,7 +317,7 @@ def test_a_forged_store_is_refused_or_harmless(
     others = {step: outcome for step, outcome in steps.items() if outcome != "ok" and not outcome.startswith("refused")}
     assert others == {}
     for argv in COMMANDS[: points(0, len(COMMANDS))]:
-        answer = reader.command(*argv, cwd=tmp_path, seconds=SECONDS if argv is not DISTILL else 60)
+        answer = reader.command(*argv, cwd=tmp_path, seconds=SECONDS if argv[0] == "verify" else 60)
         assert is_one_line(answer), f"{argv[0]} ended with {answer['code']}: {answer['output'][-600:]}"
         assert set(tmp_path.iterdir()) <= there
     refused = any(outcome != "ok" for outcome in steps.values())

@@ -111,11 +111,12 @@ def test_a_store_of_its_own_is_not_at_the_place_of_the_first(write: Write) -> No
     assert load_experiment(write(text)).stores["small"].store == Path("stores/qwen-small.zarr")
 
 
-def test_the_codecs_are_compared_within_a_margin(root: Path) -> None:
-    experiment = load_experiment(root / "experiments" / "codecs.toml")
-    assert {experiment.store_of(arm).codec for arm in experiment.arms} == {"raw", "int8", "int4", "int2"}
-    assert {question.margin for question in experiment.comparisons} == {0.05}
-    assert len(set(experiment.arms.values())) == 1, "the codec is the only difference"
+def test_the_frontier_compares_every_store_and_two_controls_within_a_margin(root: Path) -> None:
+    experiment = load_experiment(root / "experiments" / "frontier.toml")
+    assert len({extraction.store for extraction in experiment.extractions}) == 11
+    assert {question.margin for question in experiment.comparisons} == {0.04}
+    assert {question.control for question in experiment.comparisons} == {"raw"}
+    assert {question.arm for question in experiment.comparisons} == set(experiment.arms) - {"raw"}
 
 
 BROKEN = {

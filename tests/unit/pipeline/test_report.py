@@ -202,3 +202,20 @@ def test_a_sentence_says_the_verdict_and_its_numbers(make_experiment: MakeExperi
 def test_numbers_that_are_not_there_are_dashes() -> None:
     assert (number(None), number(math.nan), number(0.12345), number(-0.0)) == ("—", "—", "0.1235", "-0.0000")
     assert (p_value(math.nan), p_value(1e-5), p_value(0.0321)) == ("—", "< 0.0001", "0.0321")
+
+
+def test_several_stores_have_a_frontier(make_experiment: MakeExperiment, tmp_path: Path) -> None:
+    def edit(name: str, record: dict[str, Any]) -> None:
+        record["store"]["path"] = "small.zarr" if name.startswith("structured") else "large.zarr"
+
+    results = results_of(make_experiment(ARMS, edit=edit))
+    sizes = {"large.zarr": 2000.0, "small.zarr": 250.0}
+    stores = [{**results.stores[0], "path": path, "bytes_per_token": size} for path, size in sizes.items()]
+    results = replace(results, stores=stores)
+    assert [results.bytes_per_token(arm) for arm in ARMS] == [2000, 2000, 250]
+    page = write_report(results, tmp_path)
+    svg = ElementTree.fromstring((tmp_path / "frontier.svg").read_text())
+    words = {text.text for text in svg.iter("{http://www.w3.org/2000/svg}text")}
+    assert {"none (no KV)", "flat", "structured", "bytes a token on disk"} <= words
+    assert "<h2>Frontier</h2>" in page.read_text()
+    assert "![bytes a token against quality](frontier.svg)" in (tmp_path / "report.md").read_text()

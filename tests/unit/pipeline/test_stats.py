@@ -149,7 +149,16 @@ def test_a_large_effect_is_found_at_six_seeds() -> None:
     assert adjust([compare(Question("a", "b"), "ce", scores(arm), scores(control))])[0].verdict == "better"
 
 
-@pytest.mark.parametrize(("gap", "verdict"), [(0.0, "equivalent"), (0.03, "equivalent"), (0.05, "inconclusive")])
+@pytest.mark.parametrize(
+    ("gap", "verdict"),
+    [
+        (0.0, "equivalent"),
+        (0.03, "equivalent"),
+        (0.05, "inconclusive"),
+        (0.08, "not equivalent"),
+        (-0.08, "not equivalent"),
+    ],
+)
 def test_a_margin_asks_for_equivalence(gap: float, verdict: str) -> None:
     """Against two one-sided t-tests by hand: the difference is above -margin, and below margin."""
     rng = np.random.default_rng(2)
@@ -159,6 +168,9 @@ def test_a_margin_asks_for_equivalence(gap: float, verdict: str) -> None:
     above = stats.ttest_1samp(arm - control, -0.05, alternative="greater").pvalue
     below = stats.ttest_1samp(arm - control, 0.05, alternative="less").pvalue
     assert found.p_value == pytest.approx(max(above, below))
+    # The interval lies within the margin where both tests reject, and only there.
+    assert (max(-found.ci_low, found.ci_high) < 0.05) == (found.p_value < ALPHA)
+    assert found.confidence == pytest.approx(0.9)
     assert found.verdict == verdict
 
 
