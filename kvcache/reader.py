@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F  # noqa: N812 - the name everybody uses
 from jaxtyping import Int
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from .errors import StoreError
-from .layout import KV, from_storage, to_storage
-from .shard import ShardLayout, read_index, require_checksums, sample_start
+from .layout import KV, STORAGE_DTYPES, from_storage, to_storage
+from .recycled import RecycledMemory
+from .shard import ShardLayout, read_index, require_checksums, sample_starts
 from .store import KVStore
+
+CACHED_BYTES = 2**22
+"""Of what is read at once: by the time it is checked and copied on, it has not left the processor's cache."""
 
 OPEN_FILES = 128
 """File handles kept: shards are visited a few at a time."""
@@ -26,11 +28,11 @@ OPEN_FILES = 128
 
 @dataclass(frozen=True)
 class _OpenShard:
-    """For every part a file and its index `[samples, blocks, 2]`; and the ledger's checksums."""
+    """For every part a file, and where each sample begins in it; and the ledger's checksums of a sample's blocks."""
 
     descriptors: list[int]
-    indices: list[NDArray[np.int64]]
-    checksums: NDArray[np.int64]
+    starts: list[list[int]]
+    checksums: list[list[int]]
 
     def close(self) -> None:
         for descriptor in self.descriptors:
@@ -46,7 +48,7 @@ class KVReader:
 
     def __init__(self, store: KVStore) -> None:
         self._shards: OrderedDict[int, _OpenShard] = OrderedDict()
-        # Reused for every batch: fresh pages cost more than the bytes that go into them.
+        self._memory = RecycledMemory()
         self._buffers = [np.empty(0, np.uint8) for _ in store.layouts]
         self._layouts = list(store.layouts.values())
         self._shapes = [part.content_shape for part in store.parts.values()]
@@ -70,26 +72,33 @@ class KVReader:
         lengths = [int(self.store.kv_length[index]) for index in indices]
         num_tokens = max(lengths) if num_tokens is None else num_tokens
         blocks = [grid.blocks_of(min(length, num_tokens)) for length in lengths]
-        parts = self._read_parts(indices, blocks)
-        positions = self._positions(parts.pop(), blocks, num_tokens) if self.store.evicts else None
-        # NumPy's small copies cost half of what torch's do.
-        chunks = to_storage(self.store.codec.decode(parts, self.store.dtype))
-        padded = grid.blocks_of(num_tokens) * grid.block
-        shape = (geometry.num_layers, 2, len(blocks), geometry.num_kv_heads, padded, geometry.head_dim)
-        out = np.empty(shape, dtype=chunks.dtype)
-        first = 0
-        for row, (count, length) in enumerate(zip(blocks, lengths, strict=True)):
-            own = out[:, :, row]
-            for blk in range(count):
-                own[:, :, :, blk * grid.block : (blk + 1) * grid.block] = chunks[first + blk]
-            own[:, :, :, length:] = 0
-            first += count
+        positions = torch.full((len(indices), num_tokens), -1) if self.store.evicts else None
+        sample = (len(blocks), geometry.num_kv_heads, grid.blocks_of(num_tokens), grid.block, geometry.head_dim)
+        cut = self._memory.empty((geometry.num_layers, 2, *sample), np.dtype(STORAGE_DTYPES[geometry.dtype]))
+        out = cut.reshape(*cut.shape[:4], -1, geometry.head_dim)
+        for rows in self._groups(blocks):
+            parts = self._read_parts([indices[row] for row in rows], [blocks[row] for row in rows])
+            stored = parts.pop().flatten() if positions is not None else None
+            # NumPy's small copies cost half of what torch's do.
+            chunks, first = to_storage(self.store.codec.decode(parts, self.store.dtype)), 0
+            for row in rows:
+                last, length = first + blocks[row], min(lengths[row], num_tokens)
+                cut[:, :, row, :, : blocks[row]] = chunks[first:last].transpose(1, 2, 3, 0, 4, 5)
+                out[:, :, row, :, length:] = 0
+                if positions is not None and stored is not None:
+                    positions[row, :length] = stored[first * grid.block :][:length]
+                first = last
         return from_storage(out, geometry.dtype)[..., :num_tokens, :], positions
 
-    def _positions(self, stored: Int[Tensor, "N block"], blocks: Sequence[int], num_tokens: int) -> Int[Tensor, "B T"]:
-        samples = [rows.flatten() for rows in stored.long().split(list(blocks))]
-        padded = pad_sequence(samples, batch_first=True, padding_value=-1)
-        return F.pad(padded, (0, max(0, num_tokens - padded.shape[1])), value=-1)[:, :num_tokens]
+    def _groups(self, blocks: Sequence[int]) -> Iterator[range]:
+        """Rows whose token blocks are read and decoded together, few enough to be in the processor's cache between."""
+        most, first, total = CACHED_BYTES // sum(layout.record_bytes for layout in self._layouts), 0, 0
+        for row, count in enumerate(blocks):
+            if total and total + count > most:
+                yield range(first, row)
+                first, total = row, 0
+            total += count
+        yield range(first, len(blocks))
 
     def close(self) -> None:
         """Close all file handles."""
@@ -123,11 +132,9 @@ class KVReader:
         blocks, layouts = len(records[0]), self._layouts
         try:
             shard = self._open(number)
-            for descriptor, entries, layout, part in zip(
-                shard.descriptors, shard.indices, layouts, records, strict=True
-            ):
-                _read_into(descriptor, sample_start(entries[row, :blocks], layout), part.reshape(-1))
-            require_checksums(records, layouts, shard.checksums[row, :blocks])
+            for descriptor, starts, part in zip(shard.descriptors, shard.starts, records, strict=True):
+                _read_into(descriptor, starts[row], part.reshape(-1))
+            require_checksums(records, layouts, shard.checksums[row][:blocks])
         except (ValueError, OverflowError, FileNotFoundError) as error:
             raise StoreError(
                 f"shard {number} of {self.store.path} is damaged at sample {index}",
@@ -142,11 +149,11 @@ class KVReader:
             return self._shards[number]
         while len(self._shards) >= self._open_limit:
             self._shards.popitem(last=False)[1].close()
-        shard = _OpenShard([], [], self.store.ledger.checksums(number))
+        shard = _OpenShard([], [], self.store.ledger.checksums(number).tolist())
         try:
             for path, layout in zip(self.store.shard_paths(number), self._layouts, strict=True):
                 shard.descriptors.append(os.open(path, os.O_RDONLY))
-                shard.indices.append(_index(shard.descriptors[-1], layout))
+                shard.starts.append(sample_starts(_index(shard.descriptors[-1], layout), layout))
         except BaseException:
             shard.close()
             raise
@@ -165,7 +172,9 @@ def _index(descriptor: int, layout: ShardLayout) -> NDArray[np.int64]:
 
 
 def _read_into(descriptor: int, start: int, buffer: NDArray[np.uint8]) -> None:
-    """Fill a buffer from a file. Raises ValueError where the file ends too early."""
+    """Fill a buffer from a file. Raises ValueError where there is no such place, or the file ends too early."""
+    if start < 0:
+        raise ValueError("token blocks are missing or misplaced")
     done = 0
     while done < len(buffer):
         count = os.preadv(descriptor, [buffer.data[done:]], start + done)

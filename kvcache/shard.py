@@ -168,23 +168,20 @@ def read_index(data: NDArray[np.uint8], layout: ShardLayout) -> NDArray[np.int64
     return tail[:-CRC_BYTES].view("<i8").reshape(layout.samples, layout.blocks, 2)
 
 
-def sample_start(entries: NDArray[np.int64], layout: ShardLayout) -> int:
-    """Where in a file the chunks of a sample begin, by its `entries` `[blocks, 2]` in the index.
-
-    Raises ValueError where they are not one range.
-    """
-    start, stop = int(entries[0, 0]), int(entries[-1, 0] + entries[-1, 1])
-    if start < 0 or stop - start != len(entries) * layout.record_bytes:
-        raise ValueError("token blocks are missing or misplaced")
-    return start
+def sample_starts(index: NDArray[np.int64], layout: ShardLayout) -> list[int]:
+    """Where in a file the chunks of every sample begin; -1 for a sample that has none, or whose are not one range."""
+    offsets, sizes = index[..., 0], index[..., 1]
+    in_order = offsets == offsets[:, :1] + np.arange(layout.blocks) * layout.record_bytes
+    whole = (in_order & (sizes == layout.record_bytes)) | (offsets == EMPTY)
+    return np.where(whole.all(axis=1) & (offsets[:, 0] >= 0), offsets[:, 0], -1).tolist()
 
 
 def require_checksums(
-    records: Sequence[NDArray[np.uint8]], layouts: Sequence[ShardLayout], checksums: NDArray[np.int64]
+    records: Sequence[NDArray[np.uint8]], layouts: Sequence[ShardLayout], checksums: Sequence[int]
 ) -> None:
     """Raise ValueError where a sample's records `[blocks, record_bytes]`, one array a part, are not the bytes that were
     written for this sample."""
-    for blk, expected in enumerate(checksums.tolist()):
+    for blk, expected in enumerate(checksums):
         found = 0
         for part, layout in zip(records, layouts, strict=True):
             found = crc32c(part[blk, : layout.chunk_bytes], found)

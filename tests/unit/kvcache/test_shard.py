@@ -25,7 +25,7 @@ from kvpipe.kvcache.shard import (
     crc32c,
     read_index,
     require_checksums,
-    sample_start,
+    sample_starts,
 )
 from kvpipe.kvcache.store import KVStore
 from numpy.typing import NDArray
@@ -73,9 +73,11 @@ def read(data: NDArray[np.uint8], layout: ShardLayout, checksums: NDArray[np.int
     blocks = layout.blocks_of(length)
     if blocks == 0:
         return b""
-    start = sample_start(read_index(data, layout)[row, :blocks], layout)
+    start = sample_starts(read_index(data, layout), layout)[row]
+    if start < 0 or start + blocks * layout.record_bytes > len(data):
+        raise ValueError("token blocks are missing or misplaced")
     own = data[start : start + blocks * layout.record_bytes].reshape(blocks, layout.record_bytes)
-    require_checksums([own], [layout], checksums[row, :blocks])
+    require_checksums([own], [layout], checksums[row, :blocks].tolist())
     chunks = own[:, : layout.chunk_bytes].copy().view(layout.dtype).reshape(blocks, *layout.chunk_shape)
     return np.concatenate([chunk[:, :, 0] for chunk in chunks], axis=3).tobytes()
 
@@ -262,5 +264,5 @@ def test_a_file_cut_anywhere_is_seen() -> None:
 def test_an_empty_chunk_where_a_sample_belongs_is_seen() -> None:
     layout = small_layout()
     data, checksums, _ = build(layout, [3])
-    with pytest.raises(ValueError, match="token blocks are missing"):
+    with pytest.raises(ValueError, match=r"missing or misplaced|fails its checksum"):
         read(data, layout, checksums, 0, 8)

@@ -1,0 +1,278 @@
+"""Reading the store over reading the same bytes from np.memmap, and beside what others do. Aim: <= 1 / 0.9.
+
+Two regimes: `random`, batches of samples drawn from the whole store, and `stream`, one epoch in an order that is
+shuffled shard by shard. Everybody gives the same thing, one padded batch `[L, 2, B, H, T, D]` at a time, from files in the page
+cache. The limit, np.memmap, knows every sample's place beforehand and checks nothing; kvpipe compares each chunk with
+the ledger's checksum, and nobody else in this table would notice a flipped bit.
+
+    pip install litdata mosaicml-streaming   # peers that are measured where they are installed
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorstore
+import torch
+from kvpipe.data.batching import ShuffledBatches
+from kvpipe.kvcache.create import TOKEN_BLOCK, SampleTable, create_store
+from kvpipe.kvcache.layout import KVGeometry
+from kvpipe.kvcache.manifest import DatasetIdentity, Manifest, TeacherIdentity
+from kvpipe.kvcache.reader import KVReader
+from kvpipe.kvcache.store import KVStore
+from kvpipe.kvcache.writer import ShardWriter
+from safetensors import safe_open
+from safetensors.torch import save_file
+from side_by_side import HEADER, Ratio, alternate, ratio
+from torch import Tensor
+
+BATCH_SIZE, RUNS, SHARD_BYTES = 16, 7, 64_000_000
+AIM = 1 / 0.9
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A teacher's KV, and samples of 1 to `longest` tokens."""
+
+    name: str
+    geometry: KVGeometry
+    longest: int
+    samples: int
+
+
+SHAPES = [
+    Shape("tiny", KVGeometry(4, 4, 32, torch.bfloat16), 96, 4096),
+    Shape("0.5B", KVGeometry(24, 2, 64, torch.bfloat16), 512, 160),
+    Shape("7B", KVGeometry(28, 4, 128, torch.bfloat16), 512, 64),
+]
+
+Read = Callable[[Sequence[int]], Tensor]
+
+
+def measure(runs: int = RUNS) -> list[Ratio]:
+    return [found for shape in SHAPES for found in measure_shape(shape, runs)]
+
+
+def measure_shape(shape: Shape, runs: int = RUNS) -> list[Ratio]:
+    """Both regimes for one shape: kvpipe, and every peer, over the limit."""
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder)
+        samples = list(_samples(shape))
+        store = _write_store(shape, samples, place / "x.zarr")
+        rng = np.random.default_rng(0)
+        random = [rng.choice(shape.samples, BATCH_SIZE, replace=False).tolist() for _ in range(shape.samples // 16)]
+        order = ShuffledBatches(np.arange(shape.samples), store.length, BATCH_SIZE, 0, store.layout.samples)
+        readers = _readers(store, samples, place)
+        timed: dict[str, Callable[[], float]] = {}
+        for name, read in readers.items():
+            timed[f"random {name}"] = lambda read=read: _seconds(map(read, random))  # type: ignore[misc]
+            timed[f"stream {name}"] = lambda read=read: _seconds(map(read, order))  # type: ignore[misc]
+        for name, loader in _loaders(samples, place):
+            timed[f"stream {name}"] = lambda loader=loader: _seconds(loader())  # type: ignore[misc]
+        _require_same(readers, random[0])
+        rounds = alternate(timed, runs)
+    return [
+        ratio(f"{name} / np.memmap ({shape.name})", rounds, name, f"{name.split()[0]} np.memmap", aim=AIM)
+        for name in timed
+        if not name.endswith("np.memmap")
+    ]
+
+
+def _samples(shape: Shape) -> Iterator[Tensor]:
+    """KV `[L, 2, H, T, D]` of one sample after the other."""
+    g, rng = shape.geometry, np.random.default_rng(1)
+    for length in rng.integers(1, shape.longest + 1, shape.samples).tolist():
+        yield torch.from_numpy(
+            rng.standard_normal((g.num_layers, 2, g.num_kv_heads, length, g.head_dim), np.float32)
+        ).to(g.dtype)
+
+
+def _write_store(shape: Shape, samples: list[Tensor], path: Path) -> KVStore:
+    g, count = shape.geometry, len(samples)
+    width = -(-shape.longest // TOKEN_BLOCK) * TOKEN_BLOCK
+    table = SampleTable(
+        records=[{"id": str(i), "prompt": "", "reasoning": "", "answer": ""} for i in range(count)],
+        split_names=("train",),
+        split=np.zeros(count, np.int8),
+        length=np.array([sample.shape[3] for sample in samples], np.int32),
+        input_ids=np.zeros((count, width), np.int32),
+        segment_ids=np.zeros((count, width), np.int8),
+        spans=np.zeros((count, width, 2), np.int32),
+    )
+    manifest = Manifest(
+        schema_version=1,
+        teacher=TeacherIdentity("random", "", g.num_layers, "", ""),
+        tokenizer_hash="",
+        dataset=DatasetIdentity("random", count, ""),
+        dtype="bfloat16",
+        codec="raw",
+        layers=tuple(range(g.num_layers)),
+        segments=("prompt", "reasoning", "answer"),
+        eviction="none",
+        budget=None,
+        key_position="none",
+        rope={},
+        max_tokens=width,
+        seed=0,
+    )
+    per_shard = max(1, int(SHARD_BYTES / (g.bytes_per_token * table.length.mean())))
+    store = create_store(path, manifest, table, g, tokenizer_files={}, truncated=0, samples_per_shard=per_shard)
+    with ShardWriter(store, range(store.num_shards)) as writer:
+        for index, sample in enumerate(samples):
+            writer.put([index], [(key[None], value[None]) for key, value in sample])
+    return store
+
+
+def _readers(store: KVStore, samples: list[Tensor], place: Path) -> dict[str, Read]:
+    return {
+        "np.memmap": _memmap(samples, place / "flat.bin"),
+        "kvpipe": KVReader(store).read,
+        "safetensors, a file a shard": _safetensors(store, samples, place / "safetensors"),
+        "torch.load, a file a sample": _torch_load(samples, place / "torch"),
+        "tensorstore": _tensorstore(store),
+    }
+
+
+def _memmap(samples: list[Tensor], path: Path) -> Read:
+    """One sample after the other in one file."""
+    starts = np.cumsum([0] + [sample.numel() for sample in samples])
+    with path.open("wb") as file:
+        for sample in samples:
+            file.write(sample.contiguous().view(torch.uint16).numpy().tobytes())
+    flat, shapes = np.memmap(path, np.uint16, "r"), [tuple(sample.shape) for sample in samples]
+
+    def read(indices: Sequence[int]) -> Tensor:
+        return _padded([flat[starts[i] : starts[i + 1]].reshape(shapes[i]) for i in indices])
+
+    return read
+
+
+def _safetensors(store: KVStore, samples: list[Tensor], folder: Path) -> Read:
+    folder.mkdir()
+    files = []
+    for shard in range(store.num_shards):
+        files.append(folder / f"{shard}.safetensors")
+        save_file({str(i): samples[i].contiguous() for i in store.shard_samples(shard)}, files[-1])
+    opened = [safe_open(file, "pt") for file in files]
+
+    def read(indices: Sequence[int]) -> Tensor:
+        found = [opened[i // store.layout.samples].get_tensor(str(i)) for i in indices]
+        return _padded([tensor.view(torch.uint16).numpy() for tensor in found])
+
+    return read
+
+
+def _torch_load(samples: list[Tensor], folder: Path) -> Read:
+    folder.mkdir()
+    for index, sample in enumerate(samples):
+        torch.save(sample.clone(), folder / f"{index}.pt")
+
+    def read(indices: Sequence[int]) -> Tensor:
+        found = [torch.load(folder / f"{i}.pt", weights_only=True) for i in indices]
+        return _padded([tensor.view(torch.uint16).numpy() for tensor in found])
+
+    return read
+
+
+def _tensorstore(store: KVStore) -> Read:
+    """Its own zarr3 driver, on kvpipe's files, all samples of a batch asked for at once."""
+    array = tensorstore.open(
+        {"driver": "zarr3", "kvstore": {"driver": "file", "path": str(store.path / "kv")}}, read=True
+    ).result()
+    lengths = store.length.tolist()
+
+    def read(indices: Sequence[int]) -> Tensor:
+        asked = [array[:, :, i, :, : lengths[i]].read() for i in indices]
+        return _padded([found.result() for found in asked])
+
+    return read
+
+
+def _padded(samples: list[np.ndarray[Any, Any]]) -> Tensor:
+    layers, kinds, heads, _, channels = samples[0].shape
+    out = np.empty((layers, kinds, len(samples), heads, max(s.shape[3] for s in samples), channels), np.uint16)
+    for row, sample in enumerate(samples):
+        out[:, :, row, :, : sample.shape[3]] = sample
+        out[:, :, row, :, sample.shape[3] :] = 0
+    return torch.from_numpy(out).view(torch.bfloat16)
+
+
+def _require_same(readers: dict[str, Read], batch: list[int]) -> None:
+    expected = readers["np.memmap"](batch)
+    for name, read in readers.items():
+        assert torch.equal(read(batch), expected), name
+
+
+def _seconds(batches: Iterable[Any]) -> float:
+    start = time.perf_counter()
+    for _ in batches:
+        pass
+    return time.perf_counter() - start
+
+
+def _loaders(samples: list[Tensor], place: Path) -> Iterator[tuple[str, Callable[[], Iterable[Any]]]]:
+    """Whole loaders with a shuffle of their own, in this process as kvpipe's reader is."""
+    if importlib.util.find_spec("streaming"):
+        yield "MDS", _mds(samples, place / "mds")
+    if importlib.util.find_spec("litdata"):
+        yield "litdata", _litdata(samples, place / "litdata")
+
+
+def _mds(samples: list[Tensor], folder: Path) -> Callable[[], Iterable[Tensor]]:
+    from streaming import MDSWriter, StreamingDataset  # type: ignore[import-not-found]
+
+    with MDSWriter(out=str(folder), columns={"kv": "bytes", "tokens": "int"}, size_limit=SHARD_BYTES) as writer:
+        for sample in samples:
+            writer.write(
+                {"kv": sample.contiguous().view(torch.uint16).numpy().tobytes(), "tokens": int(sample.shape[3])}
+            )
+    data = StreamingDataset(local=str(folder), shuffle=True, batch_size=BATCH_SIZE, num_canonical_nodes=1)
+    layers, kinds, heads, _, channels = samples[0].shape
+
+    def epoch() -> Iterator[Tensor]:
+        batch = []
+        for item in data:
+            array = np.frombuffer(item["kv"], np.uint16).reshape(layers, kinds, heads, item["tokens"], channels)
+            batch.append(array)
+            if len(batch) == BATCH_SIZE:
+                yield _padded(batch)
+                batch = []
+
+    return epoch
+
+
+def _litdata(samples: list[Tensor], folder: Path) -> Callable[[], Iterable[Tensor]]:
+    from litdata import StreamingDataset  # type: ignore[import-not-found]
+    from litdata.streaming.writer import BinaryWriter  # type: ignore[import-not-found]
+
+    folder.mkdir()
+    writer = BinaryWriter(str(folder), chunk_bytes=SHARD_BYTES)
+    for index, sample in enumerate(samples):
+        writer[index] = sample.contiguous().view(torch.uint16).numpy()
+    writer.done()
+    writer.merge(1)
+    data = StreamingDataset(str(folder), shuffle=True)
+
+    def epoch() -> Iterator[Tensor]:
+        batch = []
+        for item in data:
+            batch.append(item)
+            if len(batch) == BATCH_SIZE:
+                yield _padded(batch)
+                batch = []
+
+    return epoch
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--runs", type=int, default=RUNS)
+    print(HEADER, *(found.row for found in measure(parser.parse_args().runs)), sep="\n")  # noqa: T201
