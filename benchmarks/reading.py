@@ -1,9 +1,9 @@
 """Reading the store over reading the same bytes from np.memmap, and beside what others do. Aim: <= 1 / 0.9.
 
 Two regimes: `random`, batches of samples drawn from the whole store, and `stream`, one epoch in an order that is
-shuffled shard by shard. Everybody gives the same thing, one padded batch `[L, 2, B, H, T, D]` at a time, from files in the page
-cache. The limit, np.memmap, knows every sample's place beforehand and checks nothing; kvpipe compares each chunk with
-the ledger's checksum, and nobody else in this table would notice a flipped bit.
+shuffled shard by shard. Everybody gives the same thing, one padded batch `[L, 2, B, H, T, D]` at a time, from files in
+the page cache. The limit, np.memmap, knows every sample's place beforehand and checks nothing; kvpipe compares each
+chunk with the ledger's checksum, and nobody else in this table would notice a flipped bit.
 
     pip install litdata mosaicml-streaming   # peers that are measured where they are installed
 """

@@ -76,6 +76,8 @@ def run_child(request: dict[str, Any], output: int, result: int) -> None:
         resource.setrlimit(getattr(resource, name), (limit, limit))
     sys.argv = ["kvpipe", *request["argv"]]
     killer, code = Killer(request.get("kill_at_event")), 0
+    # A signal that comes before the command has its own handlers ends the process, without a word of this file.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD)
         main()
