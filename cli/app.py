@@ -10,6 +10,7 @@ import sys
 
 import typer
 
+from .bench import bench
 from .distill import distill
 from .experiment import experiment
 from .extract import extract
@@ -27,7 +28,7 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode="rich",
 )
-for command in (plan, extract, distill, inspect, verify, repair, models):
+for command in (plan, extract, distill, inspect, verify, repair, bench, models):
     app.command()(command)
 app.add_typer(experiment, name="experiment")
 

@@ -1,0 +1,45 @@
+"""`kvpipe bench`"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from ..pipeline.bench import Bench, Pass
+
+
+def bench(
+    store: Annotated[
+        Path | None, typer.Argument(help="A store written by `kvpipe extract`. \\[default: the only one under stores/]")
+    ] = None,
+    batch_size: Annotated[int, typer.Option("--batch-size", help="Samples in a batch.")] = 16,
+) -> None:
+    """Measure how fast this machine reads a store: in batches as `distill` does, beside plain reading of its files."""
+    from ..pipeline.bench import bench as run
+    from ..pipeline.distill import find_store
+
+    path = find_store(store)
+    for name, value in _rows(run(path, batch_size)).items():
+        typer.echo(f"{name:20} {value}")
+
+
+def _rows(found: Bench) -> dict[str, str]:
+    return {
+        "open to first batch": f"{found.first_batch_seconds:.2f} s",
+        "plain reading": _rate(found.plain),
+        "shuffled epoch": f"{_rate(found.stream)}, {_share(found.stream, found.plain)}",
+        "random batches": f"{_rate(found.random)}, {_share(found.random, found.plain)}",
+    }
+
+
+def _rate(taken: Pass) -> str:
+    rate, first = (taken.num_bytes / seconds / 1e9 for seconds in (taken.seconds, taken.first_seconds))
+    tokens, each = taken.tokens / taken.seconds, 1000 * taken.seconds / taken.batches
+    return f"{rate:.2f} GB/s (first pass {first:.2f}), {tokens:,.0f} tokens/s, {each:.2f} ms a batch"
+
+
+def _share(taken: Pass, plain: Pass) -> str:
+    return f"{plain.seconds / taken.seconds:.2f} of plain reading"

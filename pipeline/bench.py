@@ -1,0 +1,101 @@
+"""How fast a store is read, here and now: beside plain reading of its files, the limit of the disk or of its cache."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+from rich.progress import Progress
+
+from ..data.batching import ShuffledBatches
+from ..kvcache.errors import ConfigError
+from ..kvcache.reader import KVReader
+from ..kvcache.store import KVStore
+from .progress import progress_bar
+
+PASSES = 3
+"""After one that may be the first to bring the files into memory."""
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Passes over some of a store: bytes on disk of what was read, its tokens and batches, the seconds of the first
+    pass, and the median of those that followed."""
+
+    num_bytes: int
+    tokens: int
+    batches: int
+    first_seconds: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Bench:
+    """`plain` reads the files of the KV as they lie; `stream` is an epoch as a student reads it; `random` as many
+    batches from anywhere. `first_batch_seconds` is from opening the store to the first batch of an epoch."""
+
+    plain: Pass
+    stream: Pass
+    random: Pass
+    first_batch_seconds: float
+
+
+def bench(path: Path, batch_size: int = 16, progress: Progress | None = None) -> Bench:
+    """Read a store in three ways. Raises ConfigError for a batch of nothing, StoreError for a store that is damaged or
+    incomplete."""
+    if batch_size < 1:
+        raise ConfigError("no such batch", expected="at least 1", found=batch_size, remedy="Mend --batch-size")
+    start = time.perf_counter()
+    store = KVStore.open(path)
+    reader = KVReader(store)
+    samples = np.setdiff1d(np.arange(store.num_samples), store.excluded)
+    order = ShuffledBatches(samples, store.length, batch_size, 0, store.layout.samples)
+    reader.read(next(iter(order)))
+    first_batch = time.perf_counter() - start
+    drawn = np.random.default_rng(0).permutation(samples)
+    anywhere = [drawn[i : i + batch_size].tolist() for i in range(0, len(drawn), batch_size)]
+    with progress or progress_bar() as bar:
+        task = bar.add_task("bench", total=3 * (PASSES + 1), status="")
+
+        def timed(work: Callable[[], None], batches: Iterable[Sequence[int]]) -> Pass:
+            seconds = []
+            for _ in range(PASSES + 1):
+                seconds.append(_seconds(work))
+                bar.advance(task)
+            read = [index for batch in batches for index in batch]
+            num_bytes = sum(path.stat().st_size for path in _files(store))
+            return Pass(num_bytes, int(store.kv_length[read].sum()), len(anywhere), seconds[0], median(seconds[1:]))
+
+        return Bench(
+            plain=timed(lambda: _read_plainly(store), anywhere),
+            stream=timed(lambda: _read(reader, order), order),
+            random=timed(lambda: _read(reader, anywhere), anywhere),
+            first_batch_seconds=first_batch,
+        )
+
+
+def _seconds(work: Callable[[], None]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def _read(reader: KVReader, batches: Iterable[Sequence[int]]) -> None:
+    for batch in batches:
+        reader.read(batch)
+
+
+def _files(store: KVStore) -> list[Path]:
+    return [path for shard in range(store.num_shards) for path in store.shard_paths(shard)]
+
+
+def _read_plainly(store: KVStore) -> None:
+    buffer = np.empty(max(path.stat().st_size for path in _files(store)), np.uint8)
+    for path in _files(store):
+        with path.open("rb", buffering=0) as file:
+            while file.readinto(buffer.data):
+                pass
