@@ -1,4 +1,4 @@
-"""Write the golden store again: `python tests/golden/make_golden.py`.
+"""Write the golden stores again, a raw and a lossy one: `python tests/golden/make_golden.py`.
 
 The files beside this one fix the format on disk. From the first release on, a change in them needs a new schema
 version, and readers of the old one; before it, the format is still being made.
@@ -15,15 +15,18 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F  # noqa: N812 - the name everybody uses
 from kvpipe.kvcache.create import SampleTable, create_store
-from kvpipe.kvcache.layout import KVGeometry
+from kvpipe.kvcache.layout import KVGeometry, take_tokens
 from kvpipe.kvcache.manifest import SCHEMA_VERSION, DatasetIdentity, Manifest, TeacherIdentity
+from kvpipe.kvcache.reader import KVReader
 from kvpipe.kvcache.store import KVStore
 from kvpipe.kvcache.writer import ShardWriter
 from torch import Tensor
 
 FOLDER = Path(__file__).parent
-LENGTHS = [5, 64, 33]
+STORES = {"store.zarr": False, "lossy.zarr": True}
+LENGTHS, KEPT = [5, 64, 33], [3, 32, 17]
 LAYERS, HEADS, HEAD_DIM, TOKENS = 2, 2, 4, 64
 RECORDS = [
     {"id": "golden/0", "prompt": "Tom has 3.", "reasoning": "3+4=7.", "answer": "7"},
@@ -42,8 +45,9 @@ def golden_kv() -> Tensor:
     return kv.bfloat16()
 
 
-def write_golden_store(path: Path) -> KVStore:
-    """The golden store at `path`. The bytes of its `kv` and its `ledger` are the same on every machine."""
+def write_golden_store(path: Path, *, lossy: bool = False) -> KVStore:
+    """A golden store at `path`: all of the KV, or `int4` of the first half of every sample. The bytes of its KV and its
+    ledger are the same on every machine."""
     real = np.arange(TOKENS)[None] < np.array(LENGTHS)[:, None]
     tokens = np.arange(len(LENGTHS) * TOKENS).reshape(len(LENGTHS), TOKENS)
     manifest = Manifest(
@@ -52,11 +56,11 @@ def write_golden_store(path: Path) -> KVStore:
         tokenizer_hash="2" * 64,
         dataset=DatasetIdentity("golden", len(LENGTHS), "3" * 64),
         dtype="bfloat16",
-        codec="raw",
+        codec="int4" if lossy else "raw",
         layers=(0, 1),
         segments=("prompt", "reasoning", "answer"),
-        eviction="none",
-        budget=None,
+        eviction="right-crop" if lossy else "none",
+        budget=0.5 if lossy else None,
         key_position="post-rope",
         rope={"rope_type": "default", "rope_theta": 10000.0},
         max_tokens=TOKENS,
@@ -70,6 +74,7 @@ def write_golden_store(path: Path) -> KVStore:
         input_ids=np.where(real, tokens % 97 + 1, 0).astype(np.int32),
         segment_ids=np.where(real, tokens % 3, -1).astype(np.int8),
         spans=np.stack([np.where(real, tokens, 0), np.where(real, tokens + 1, 0)], axis=2).astype(np.int32),
+        kv_length=np.array(KEPT, np.int32) if lossy else None,
     )
     geometry = KVGeometry(LAYERS, HEADS, HEAD_DIM, torch.bfloat16)
     store = create_store(
@@ -77,26 +82,33 @@ def write_golden_store(path: Path) -> KVStore:
     )
     kv = golden_kv()
     with ShardWriter(store, range(store.num_shards)) as writer:
-        writer.put(range(len(LENGTHS)), [(key, value) for key, value in kv])
+        pairs, positions = [(key, value) for key, value in kv], None
+        if lossy:
+            positions = torch.stack([F.pad(torch.arange(kept), (0, max(KEPT) - kept), value=-1) for kept in KEPT])
+            pairs = [(take_tokens(key, positions), take_tokens(value, positions)) for key, value in pairs]
+        writer.put(range(len(LENGTHS)), pairs, positions)
     return store
 
 
 def describe(store: KVStore) -> dict[str, Any]:
     """What `expected.json` says of the store."""
-    raw = sorted(path for name in ("kv", "ledger") for path in (store.path / name / "c").rglob("0") if path.is_file())
-    kv = golden_kv().view(torch.uint16).numpy()
+    names = (*store.parts, "ledger")
+    files = sorted(path for name in names for path in (store.path / name / "c").rglob("0") if path.is_file())
+    kv = KVReader(store).read(range(len(LENGTHS)), TOKENS).contiguous().view(torch.uint16).numpy()
     return {
         "shape": list(store.shape),
         "kv_sha256": hashlib.sha256(kv.astype("<u2").tobytes()).hexdigest(),
         "manifest_hash": store.manifest.hash,
         "files": {
-            path.relative_to(store.path).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in raw
+            path.relative_to(store.path).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files
         },
     }
 
 
 if __name__ == "__main__":
     target = Path(sys.argv[1]) if len(sys.argv) > 1 else FOLDER
-    shutil.rmtree(target / "store.zarr", ignore_errors=True)
-    description = describe(write_golden_store(target / "store.zarr"))
+    description = {}
+    for name, is_lossy in STORES.items():
+        shutil.rmtree(target / name, ignore_errors=True)
+        description[name] = describe(write_golden_store(target / name, lossy=is_lossy))
     (target / "expected.json").write_text(json.dumps(description, indent=2) + "\n")
