@@ -29,9 +29,10 @@ from kvpipe.kvcache.manifest import DatasetIdentity, Manifest, TeacherIdentity
 from kvpipe.kvcache.reader import KVReader
 from kvpipe.kvcache.store import KVStore
 from kvpipe.kvcache.writer import ShardWriter
+from kvpipe.pipeline.training_data import KVDataset
 from safetensors import safe_open
 from safetensors.torch import save_file
-from side_by_side import HEADER, Ratio, alternate, ratio
+from side_by_side import HEADER, Ratio, alternate, of_values, ratio
 from torch import Tensor
 
 BATCH_SIZE, RUNS, SHARD_BYTES = 16, 7, 64_000_000
@@ -57,8 +58,29 @@ SHAPES = [
 Read = Callable[[Sequence[int]], Tensor]
 
 
+MANY = Shape("100,000 samples", KVGeometry(1, 1, 4, torch.bfloat16), 64, 100_000)
+"""Their number is what counts here: in 5000 shards, as 20 of a 0.5B teacher's samples would fill one."""
+
+
 def measure(runs: int = RUNS) -> list[Ratio]:
-    return [found for shape in SHAPES for found in measure_shape(shape, runs)]
+    return [found for shape in SHAPES for found in measure_shape(shape, runs)] + [measure_first_batch(runs)]
+
+
+def measure_first_batch(runs: int = RUNS) -> Ratio:
+    """Seconds from opening a large store to the first batch of an epoch."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = _write_store(MANY, list(_samples(MANY)), Path(folder) / "x.zarr", samples_per_shard=20).path
+        rounds = alternate({"first": lambda: _first_batch(path)}, runs)
+    return of_values(f"seconds to the first batch, {MANY.name}", [seconds["first"] for seconds in rounds], aim=1)
+
+
+def _first_batch(path: Path) -> float:
+    start = time.perf_counter()
+    store = KVStore.open(path)
+    data = KVDataset(store, with_kv=True)
+    order = ShuffledBatches(store.indices("train"), store.length, BATCH_SIZE, 0, store.layout.samples)
+    data.__getitems__(next(iter(order)))
+    return time.perf_counter() - start
 
 
 def measure_shape(shape: Shape, runs: int = RUNS) -> list[Ratio]:
@@ -95,7 +117,7 @@ def _samples(shape: Shape) -> Iterator[Tensor]:
         ).to(g.dtype)
 
 
-def _write_store(shape: Shape, samples: list[Tensor], path: Path) -> KVStore:
+def _write_store(shape: Shape, samples: list[Tensor], path: Path, samples_per_shard: int | None = None) -> KVStore:
     g, count = shape.geometry, len(samples)
     width = -(-shape.longest // TOKEN_BLOCK) * TOKEN_BLOCK
     table = SampleTable(
@@ -123,7 +145,7 @@ def _write_store(shape: Shape, samples: list[Tensor], path: Path) -> KVStore:
         max_tokens=width,
         seed=0,
     )
-    per_shard = max(1, int(SHARD_BYTES / (g.bytes_per_token * table.length.mean())))
+    per_shard = samples_per_shard or max(1, int(SHARD_BYTES / (g.bytes_per_token * table.length.mean())))
     store = create_store(path, manifest, table, g, tokenizer_files={}, truncated=0, samples_per_shard=per_shard)
     with ShardWriter(store, range(store.num_shards)) as writer:
         for index, sample in enumerate(samples):

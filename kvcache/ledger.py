@@ -51,14 +51,6 @@ class Ledger:
 
     def checksums(self, shard: int) -> NDArray[np.int64]:
         """Checksums `[samples, blocks]` of a shard's chunks. Raises StoreError for an unfinished shard."""
-        return self._require_entry(shard)[:, 1:]
-
-    def excluded(self, shard: int) -> NDArray[np.int64]:
-        """Positions of a finished shard's samples that have no KV. Raises StoreError for an unfinished shard."""
-        numbers = self._require_entry(shard)[:, 0]
-        return -numbers[numbers < 0] - 1
-
-    def _require_entry(self, shard: int) -> NDArray[np.int64]:
         entry = self._entry(shard)
         if entry is None:
             raise StoreError(
@@ -67,7 +59,13 @@ class Ledger:
                 found="none",
                 remedy="Run the same `kvpipe extract` again: it writes the missing shards",
             )
-        return entry
+        return entry[:, 1:]
+
+    def excluded(self, shard: int) -> NDArray[np.int64]:
+        """Positions of a shard's samples that have no KV; none are known of an unfinished shard."""
+        entry = self._entry(shard)
+        numbers = entry[:, 0] if entry is not None else np.empty(0, np.int64)
+        return -numbers[numbers < 0] - 1
 
     def _entry(self, shard: int) -> NDArray[np.int64] | None:
         """What is recorded of a shard; None where nothing is, or what belongs to another shard."""

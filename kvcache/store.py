@@ -189,7 +189,7 @@ class KVStore:
     def excluded(self) -> NDArray[np.int64]:
         """Positions of samples that have no KV: the teacher's was not finite, or all tokens were evicted. Of finished
         shards."""
-        found = [self.ledger.excluded(shard) for shard in sorted(self.finished_shards())]
+        found = [self.ledger.excluded(shard) for shard in range(self.num_shards) if self._is_there(shard)]
         return np.concatenate([np.empty(0, np.int64), *found])
 
     def indices(self, split: str) -> NDArray[np.int64]:
