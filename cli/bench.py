@@ -29,17 +29,17 @@ def bench(
 def _rows(found: Bench) -> dict[str, str]:
     return {
         "open to first batch": f"{found.first_batch_seconds:.2f} s",
-        "plain reading": _rate(found.plain),
-        "shuffled epoch": f"{_rate(found.stream)}, {_share(found.stream, found.plain)}",
-        "random batches": f"{_rate(found.random)}, {_share(found.random, found.plain)}",
+        "plain reading": _rate(found, found.plain),
+        "shuffled epoch": f"{_rate(found, found.stream)}, {_share(found, found.stream)}",
+        "random batches": f"{_rate(found, found.random)}, {_share(found, found.random)}",
     }
 
 
-def _rate(taken: Pass) -> str:
-    rate, first = (taken.num_bytes / seconds / 1e9 for seconds in (taken.seconds, taken.first_seconds))
-    tokens, each = taken.tokens / taken.seconds, 1000 * taken.seconds / taken.batches
+def _rate(found: Bench, taken: Pass) -> str:
+    rate, first = (found.num_bytes / seconds / 1e9 for seconds in (taken.seconds, taken.first_seconds))
+    tokens, each = found.tokens / taken.seconds, 1000 * taken.seconds / found.batches
     return f"{rate:.2f} GB/s (first pass {first:.2f}), {tokens:,.0f} tokens/s, {each:.2f} ms a batch"
 
 
-def _share(taken: Pass, plain: Pass) -> str:
-    return f"{plain.seconds / taken.seconds:.2f} of plain reading"
+def _share(found: Bench, taken: Pass) -> str:
+    return f"{found.plain.seconds / taken.seconds:.2f} of plain reading"

@@ -58,12 +58,14 @@ def _show(report: ExtractReport) -> None:
     from ..pipeline.ranks import world_size
 
     store = report.store
-    if excluded := len(store.excluded):
+    evicted = int((store.kv_length == 0).sum())
+    if evicted:
+        typer.echo(f"{evicted} of {store.num_samples} samples are excluded: they have no tokens of these segments.")
+    if excluded := len(store.excluded) - evicted:
         scales = " or beyond float16 in its scales" if store.codec.lossy else ""
-        evicted = ", or all their tokens were evicted" if store.evicts else ""
         typer.echo(
             f"{excluded} of {store.num_samples} samples are excluded: the teacher's KV is NaN or infinite in "
-            f"{store.manifest.dtype}{scales}{evicted}.",
+            f"{store.manifest.dtype}{scales}.",
         )
     if store.truncated:
         typer.echo(

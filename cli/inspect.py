@@ -16,8 +16,9 @@ def inspect(
     """Show what is in a store: shape, size, completeness, and where it came from."""
     from ..kvcache.manifest import flatten
     from ..kvcache.store import KVStore
+    from ..kvcache.summary import summarise
 
-    summary = KVStore.open(store).summary()
+    summary = summarise(KVStore.open(store))
     if as_json:
         typer.echo(json.dumps(summary, indent=2))
         return

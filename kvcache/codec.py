@@ -46,7 +46,7 @@ class Codec(ABC):
         """The arrays, by name, for blocks of so many tokens."""
 
     def all_parts(self, geometry: KVGeometry, block: int, *, evicts: bool) -> dict[str, Part]:
-        """The arrays of a store, which of its own also keeps where tokens were, if some are evicted."""
+        """The arrays of a store: those of the KV, then, if tokens are evicted, that of the places of the rest."""
         return self.parts(geometry, block) | ({KV_POSITION: positions_part(block)} if evicts else {})
 
     @abstractmethod

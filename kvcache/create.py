@@ -115,7 +115,7 @@ def _create_kv(group: zarr.Group, manifest: Manifest, table: SampleTable, geomet
             chunks=part.chunk,
             shards=part.grid(samples, blocks),
             dtype=part.dtype,
-            fill_value=0,
+            fill_value=part.fill,
             dimension_names=part.axes,
             attributes={"logical_dtype": dtype_name(geometry.dtype)} if name == "kv" else None,
             **plain,

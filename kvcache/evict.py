@@ -21,12 +21,15 @@ from torch import Tensor
 from .errors import ConfigError
 from .layout import Pairs
 
+RECENT = 2.0**20
+"""Above every score, and small enough for float32 to tell places apart beside it."""
+
 
 @dataclass(frozen=True)
 class Observed:
     """What a policy may look at: a batch's samples by their places in the store, their `lengths`, and key and value
     `[B, H, T, D]` of every layer; with `queries`, one `[B, Hq, W, D]` a layer, those at the places `window` `[B, W]`,
-    times the scale of the attention (-1 where a sample has fewer tokens)."""
+    times the scale of the attention (negative where a sample has fewer tokens)."""
 
     samples: Sequence[int]
     lengths: Int[Tensor, " B"]
@@ -74,8 +77,9 @@ class RKV(Eviction):
 
     `MIX * importance - (1 - MIX) * redundancy`. Importance is the attention of the last `window` queries, widened to
     neighbours; redundancy the softmax over tokens of the mean cosine similarity with all keys, where every key
-    leaves out the last of those much like it. The last `window` tokens always stay. Beyond the paper: every
-    sample ends at its own last token, however long the batch, and heads and layers are averaged.
+    leaves out the last of those much like it. The last `window` tokens come before all others, the last of all first.
+    Beyond the paper: every sample ends at its own last token, however long the batch, and heads and layers are
+    averaged.
     """
 
     window = 8
@@ -92,10 +96,12 @@ class RKV(Eviction):
         total = torch.zeros(real.shape, device=device)
         for (key, _), queries in zip(observed.pairs, observed.queries, strict=True):
             importance = self._importance(key.float(), queries.float(), window)
-            redundancy = self._redundancy(key.float(), real, lengths)
-            total += (self.MIX * importance - (1 - self.MIX) * redundancy).mean(1)
-        recent = torch.arange(observed.num_tokens, device=device) >= lengths[:, None] - self.window
-        return total.masked_fill(recent & real, math.inf)
+            total += self.MIX * importance.mean(1)
+            for row, length in enumerate(observed.lengths.tolist()):
+                total[row, :length] -= (1 - self.MIX) * self._redundancy(key[row, :, :length].float()).mean(0)
+        places = torch.arange(observed.num_tokens, device=device)
+        recent = (places >= lengths[:, None] - self.window) & real
+        return torch.where(recent, RECENT + places, total)
 
     def _importance(
         self, key: Float[Tensor, "B H T D"], queries: Float[Tensor, "B Hq W D"], window: Int[Tensor, "B W"]
@@ -108,34 +114,38 @@ class RKV(Eviction):
         attention = attention.sum(2) / (window >= 0).sum(1)[:, None, None]
         return F.max_pool1d(attention, self.NEIGHBOURS, stride=1, padding=self.NEIGHBOURS // 2)
 
-    def _redundancy(
-        self, key: Float[Tensor, "B H T D"], real: Bool[Tensor, "B T"], lengths: Int[Tensor, " B"]
-    ) -> Float[Tensor, "B H T"]:
+    def _redundancy(self, key: Float[Tensor, "H T D"]) -> Float[Tensor, "H T"]:
+        """Of one sample: every one has its own square of similarities, and no more than that."""
         unit = F.normalize(key, dim=-1)
         similarity = unit @ unit.transpose(-1, -2)
-        both = real[:, None, :, None] & real[:, None, None, :] & ~torch.eye(real.shape[1], device=key.device).bool()
-        similarity = similarity.masked_fill(~both, 0)
+        similarity.diagonal(dim1=-2, dim2=-1).zero_()
         alike = similarity > self.ALIKE
         # argmax finds the first of the greatest: among flipped tokens, the last alike.
-        last = real.shape[1] - 1 - alike.flip(-1).int().argmax(-1, keepdim=True)
+        last = key.shape[1] - 1 - alike.flip(-1).byte().argmax(-1, keepdim=True)
         spared = torch.zeros_like(alike).scatter_(-1, last, value=True) & alike
-        mean = similarity.masked_fill(spared, 0).sum(-2) / lengths[:, None, None]
-        return mean.masked_fill(~real[:, None], -math.inf).softmax(-1)
+        return similarity.masked_fill_(spared, 0).mean(-2).softmax(-1)
 
-
-KEEP_ALL = RightCrop()
-"""Where nothing but whole segments is evicted, all tokens fit, and no score decides."""
 
 POLICIES: dict[str, Eviction] = {"right-crop": RightCrop(), "random": Random(), "rkv": RKV()}
 NONE = "none"
 
 
+def require_policy(name: str) -> Eviction:
+    """The policy of a name; where nothing but whole segments is evicted, all tokens fit, and any will do. Raises
+    ConfigError for one that this version does not know."""
+    if name not in (NONE, *POLICIES):
+        raise ConfigError(
+            "unknown eviction policy",
+            expected=", ".join((NONE, *POLICIES)),
+            found=name,
+            remedy="Choose another --evict, or a newer kvpipe",
+        )
+    return POLICIES.get(name, POLICIES["right-crop"])
+
+
 def require_eviction(policy: str, budget: float | None) -> None:
     """Raise ConfigError for an unknown policy, and for a budget that is none."""
-    if policy not in (NONE, *POLICIES):
-        raise ConfigError(
-            "unknown eviction policy", expected=", ".join((NONE, *POLICIES)), found=policy, remedy="Mend --evict"
-        )
+    require_policy(policy)
     if (policy == NONE) != (budget is None):
         raise ConfigError(
             "a policy and its budget go together",
@@ -173,7 +183,8 @@ def kept_lengths(eligible: NDArray[np.int32], budget: float | None) -> NDArray[n
     if budget is None:
         return eligible
     if budget < 1:
-        return np.ceil(eligible * budget).astype(np.int32)
+        # Rounded first: 100 * 0.07 is a little more than 7.
+        return np.ceil(np.round(eligible * budget, 6)).astype(np.int32)
     return np.minimum(eligible, int(budget)).astype(np.int32)
 
 

@@ -18,6 +18,8 @@ class Part:
     chunk: tuple[int, ...]
     dtype: np.dtype[Any]
     axes: tuple[str, ...]
+    fill: int = 0
+    """What a chunk that is not there reads as."""
 
     @property
     def content_shape(self) -> tuple[int, ...]:
@@ -45,4 +47,4 @@ KV_POSITION = "kv_position"
 
 def positions_part(block: int) -> Part:
     """`kv_position`: where in its sample every kept token was, -1 past the last."""
-    return Part((1, block), np.dtype("<i4"), ("sample", "token"))
+    return Part((1, block), np.dtype("<i4"), ("sample", "token"), fill=-1)

@@ -20,33 +20,38 @@ RECORDING = "kvpipe_recording"
 
 
 @contextmanager
-def recorded_queries(model: PreTrainedModel, places: Int[Tensor, "B W"]) -> Iterator[list[Float[Tensor, "B Hq W D"]]]:
-    """Within the context every forward leaves the queries at some places of every layer, as its attention used them,
-    times the attention's scale. The attention itself is the model's own.
+def recorded_queries(
+    model: PreTrainedModel, places: Int[Tensor, "B W"]
+) -> Iterator[dict[int, Float[Tensor, "B Hq W D"]]]:
+    """Within the context every forward leaves the queries at some places of every layer, by its number, as its
+    attention used them, times the attention's scale. The attention itself is the model's own.
 
     Raises ModelError for a model whose attention cannot be followed.
     """
     own = model.config._attn_implementation
-    queries: list[Tensor] = []
+    mask = ALL_MASK_ATTENTION_FUNCTIONS.get(own)
+    queries: dict[int, Tensor] = {}
 
     def record(module: nn.Module, query: Tensor, *rest: Any, scaling: float | None = None, **options: Any) -> Any:
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        queries.append(take_tokens(query, places.to(query.device)) * scale)
+        queries[int(module.layer_idx)] = take_tokens(query, places.to(query.device)) * scale  # type: ignore[arg-type]
         # A model has an eager attention of its own, beside its layers.
         eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
         return ALL_ATTENTION_FUNCTIONS.get_interface(own, eager)(module, query, *rest, scaling=scaling, **options)
 
     AttentionInterface.register(RECORDING, record)
-    AttentionMaskInterface.register(RECORDING, ALL_MASK_ATTENTION_FUNCTIONS[own])
+    if mask is not None:
+        AttentionMaskInterface.register(RECORDING, mask)
     model.set_attn_implementation(RECORDING)
     try:
         yield queries
     finally:
         model.set_attn_implementation(own)
-    if not queries:
+    layers = model.config.get_text_config(decoder=True).num_hidden_layers
+    if queries.keys() != set(range(layers)):
         raise ModelError(
             "this model's queries cannot be seen",
-            expected="the attention of transformers",
-            found="one of its own",
+            expected=f"the attention of transformers in {layers} layers",
+            found=f"{len(queries)}",
             remedy="Choose another --evict",
         )

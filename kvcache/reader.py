@@ -72,23 +72,24 @@ class KVReader:
         lengths = [int(self.store.kv_length[index]) for index in indices]
         num_tokens = max(lengths) if num_tokens is None else num_tokens
         blocks = [grid.blocks_of(min(length, num_tokens)) for length in lengths]
-        positions = torch.full((len(indices), num_tokens), -1) if self.store.evicts else None
+        positions = torch.full((len(indices), num_tokens), -1)
         sample = (len(blocks), geometry.num_kv_heads, grid.blocks_of(num_tokens), grid.block, geometry.head_dim)
         cut = self._memory.empty((geometry.num_layers, 2, *sample), np.dtype(STORAGE_DTYPES[geometry.dtype]))
         out = cut.reshape(*cut.shape[:4], -1, geometry.head_dim)
         for rows in self._groups(blocks):
             parts = self._read_parts([indices[row] for row in rows], [blocks[row] for row in rows])
-            stored = parts.pop().flatten() if positions is not None else None
+            stored = parts.pop().flatten() if self.store.evicts else None
             # NumPy's small copies cost half of what torch's do.
             chunks, first = to_storage(self.store.codec.decode(parts, self.store.dtype)), 0
             for row in rows:
                 last, length = first + blocks[row], min(lengths[row], num_tokens)
                 cut[:, :, row, :, : blocks[row]] = chunks[first:last].transpose(1, 2, 3, 0, 4, 5)
                 out[:, :, row, :, length:] = 0
-                if positions is not None and stored is not None:
+                if stored is not None:
                     positions[row, :length] = stored[first * grid.block :][:length]
                 first = last
-        return from_storage(out, geometry.dtype)[..., :num_tokens, :], positions
+        kv = from_storage(out, geometry.dtype)[..., :num_tokens, :]
+        return kv, positions if self.store.evicts else None
 
     def _groups(self, blocks: Sequence[int]) -> Iterator[range]:
         """Rows whose token blocks are read and decoded together, few enough to be in the processor's cache between."""

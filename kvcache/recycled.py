@@ -4,6 +4,7 @@ into them."""
 from __future__ import annotations
 
 import math
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ class RecycledMemory:
 
     def __init__(self) -> None:
         self._free: list[NDArray[np.uint8]] = []
+        self._lock = Lock()
 
     def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
         """An array whose content is what memory happens to hold."""
@@ -26,11 +28,13 @@ class RecycledMemory:
         return np.asarray(lease)[:size].view(dtype).reshape(shape)
 
     def _take(self, size: int) -> NDArray[np.uint8]:
-        fitting = [block for block in self._free if len(block) >= size]
+        with self._lock:
+            del self._free[:-MOST_FREE]
+            fitting = [place for place, block in enumerate(self._free) if len(block) >= size]
+            if fitting:
+                return self._free.pop(min(fitting, key=lambda place: len(self._free[place])))
         # Larger than asked for: batches differ in length, and their blocks should fit the next.
-        block = min(fitting, key=len) if fitting else np.empty(size + size // 4, np.uint8)
-        self._free[:] = [other for other in self._free if other is not block][-MOST_FREE:]
-        return block
+        return np.empty(size + size // 4, np.uint8)
 
 
 class _Lease:
@@ -41,4 +45,5 @@ class _Lease:
         self.__array_interface__ = block.__array_interface__
 
     def __del__(self) -> None:
+        # Without the lock, for this may run at any moment; appending is one step.
         self._free.append(self._block)

@@ -58,9 +58,9 @@ def read_array(group: zarr.Group, name: str, checksum: int, shape: tuple[int, ..
         return data
     except Exception as error:
         raise StoreError(
-            f"{name} in {group.store_path} is damaged",
+            f"{name} in {str(group.store_path).removeprefix('file://')} is damaged",
             expected="the array that kvpipe wrote",
-            found=f"{type(error).__name__}: {error}",
+            found=f"{type(error).__name__}: {error}".rstrip("."),
             remedy="Extract again into a new place",
         ) from error
 

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from .codec import Codec, Scaled
 from .layout import Pairs
-from .part import KV_POSITION
 from .shard import ShardLayout
 
 Records = list[UInt8[Tensor, "B blocks _"]]
@@ -53,8 +52,8 @@ class Staging:
         targets = [torch.empty_like(part, device=first.device) for part in records] if first.is_cuda else records
         rooms = [part[..., : layout.chunk_bytes] for part, layout in zip(targets, layouts.values(), strict=True)]
         if positions is not None:
-            _lay_out_positions(positions, rooms.pop(list(layouts).index(KV_POSITION)))
-        finite = _finite(pairs, lengths)
+            _lay_out_positions(positions, rooms.pop())
+        finite = finite_samples(pairs, lengths)
         if isinstance(codec, Scaled):
             finite &= self._encode(pairs, codec, rooms, layouts["kv"].block, lengths.tolist())
         else:
@@ -100,8 +99,9 @@ class Staging:
         return buffer[:size].view(shape)
 
 
-def _finite(pairs: Pairs, lengths: Int[Tensor, " B"]) -> Bool[Tensor, " B"]:
-    """NaN and infinity survive every sum, and a sum reads its numbers only once."""
+def finite_samples(pairs: Pairs, lengths: Int[Tensor, " B"]) -> Bool[Tensor, " B"]:
+    """Which samples have no NaN and no infinity in their `lengths` tokens."""
+    # They survive every sum, and a sum reads its numbers only once.
     sums = torch.stack([tensor.sum((1, 3), dtype=torch.float32) for pair in pairs for tensor in pair])
     real = torch.arange(sums.shape[2], device=sums.device) < lengths.to(sums.device)[:, None]
     return (sums.isfinite() | ~real).all(2).all(0)

@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 
 from .codec import require_codec
 from .errors import KVPipeError, StoreError
+from .evict import require_policy
 from .integrity import require_files, require_seal, seal
-from .layout import DIMENSION_NAMES, LOGICAL_DTYPES, KVGeometry, dtype_name
+from .layout import LOGICAL_DTYPES, KVGeometry
 from .ledger import Ledger
 from .manifest import Manifest, require_schema
 from .part import Part
@@ -43,6 +44,7 @@ class KVStore:
         self.split_names: tuple[str, ...] = tuple(map(str, attributes["split_names"]))
         self._tokenizer_names: list[str] = list(map(str, attributes["tokenizer_files"]))
         self.codec = require_codec(self.manifest.codec)
+        require_policy(self.manifest.eviction)
         kv = open_array(group, "kv")
         self.dtype = LOGICAL_DTYPES[str(kv.attrs["logical_dtype"])]
         num_layers, _, self.num_samples, num_kv_heads, max_length, packed = kv.shape
@@ -118,15 +120,6 @@ class KVStore:
     def lossy(self) -> bool:
         """Whether anything of the KV of the layers that are kept is lost."""
         return self.codec.lossy or self.evicts
-
-    @property
-    def kept_as(self) -> str:
-        """For people: the codec, and how many of the tokens were kept, if not all, and by which policy or segments."""
-        if not self.evicts:
-            return self.codec.name
-        manifest, share = self.manifest, self.kv_length.sum() / self.length.sum()
-        chosen = [*manifest.segments, *([manifest.eviction] if manifest.budget is not None else [])]
-        return f"{self.codec.name}, {share:.0%} of the tokens ({', '.join(chosen)})"
 
     @property
     def side_arrays(self) -> list[str]:
@@ -208,32 +201,6 @@ class KVStore:
     def tokenizer_files(self) -> dict[str, bytes]:
         """The tokenizer's files, by name: enough to rebuild it without the teacher."""
         return {name: self.read_side_array(f"tokenizer/{name}").tobytes() for name in self._tokenizer_names}
-
-    def summary(self) -> dict[str, Any]:
-        """What `kvpipe inspect` shows, as JSON types."""
-        tokens = int(self.length.sum())
-        size = sum(file.stat().st_size for file in self.path.rglob("*") if file.is_file())
-        finished = len(self.finished_shards())
-        return {
-            "path": str(self.path),
-            "complete": finished == self.num_shards,
-            "shards": {"finished": finished, "total": self.num_shards, "samples_per_shard": self.layout.samples},
-            "shape": dict(zip(DIMENSION_NAMES, self.shape, strict=True)),
-            "samples": {split: len(self.indices(split)) for split in self.split_names},
-            "tokens": tokens,
-            "tokens_kept": int(self.kv_length.sum()),
-            "truncated_samples": self.truncated,
-            "excluded_samples": len(self.excluded),
-            "dtype": dtype_name(self.dtype),
-            "lossy": self.lossy,
-            "kept_as": self.kept_as,
-            "bytes_on_disk": size,
-            "bytes_per_token": size / tokens,
-            "bytes_per_token_of_kv": self.geometry.bytes_per_token,
-            "extraction": self.extraction,
-            "kvpipe_version": self.kvpipe_version,
-            "manifest": self.manifest.to_dict(),
-        }
 
     # ------------------------------------------------------------------ shards and ledger
 

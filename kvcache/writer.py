@@ -8,11 +8,12 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from types import TracebackType
 from typing import Literal
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from .errors import ModelError
@@ -103,9 +104,15 @@ class ShardWriter:
                 partial_path(path).unlink(missing_ok=True)
 
     @torch.no_grad()
-    def put(self, indices: Sequence[int], pairs: Pairs, positions: Int[Tensor, "B T"] | None = None) -> None:
+    def put(
+        self,
+        indices: Sequence[int],
+        pairs: Pairs,
+        positions: Int[Tensor, "B T"] | None = None,
+        finite: Bool[Tensor, " B"] | None = None,
+    ) -> None:
         """Hand over one batch: places in the store, and per layer key and value, all of one shape `[B, H, T, D]`; where
-        tokens were evicted, also the `positions` of those that are left.
+        tokens were evicted, also the `positions` of those that are left, and which samples were `finite` before.
 
         `wait_seconds` counts the time the caller stood still, but for the copy out of the model's memory.
         Raises ValueError for KV of another shape or dtype than the store's.
@@ -117,13 +124,16 @@ class ShardWriter:
         staging = self._free.get()
         self.wait_seconds += time.perf_counter() - start
         lengths = torch.from_numpy(self._store.kv_length[list(indices)])
+        whole = finite.cpu() if finite is not None else torch.ones(len(indices), dtype=torch.bool)
         if pairs[0][0].is_cuda:
-            job = partial(self._write, list(indices), *self._copy_beside(pairs, lengths, positions, staging))
+            job = partial(self._write, list(indices), whole, *self._copy_beside(pairs, lengths, positions, staging))
             self._jobs.put(_Job(job, staging))
             return
-        records, finite = staging.fill(pairs, self._store.codec, self._store.layouts, lengths, positions)
+        records, kept_finite = staging.fill(pairs, self._store.codec, self._store.layouts, lengths, positions)
         start = time.perf_counter()
-        self._add(indices, records, finite, lambda shard: self._jobs.put(_Job(partial(self._finish, shard))))
+        self._add(
+            indices, records, whole & kept_finite, lambda shard: self._jobs.put(_Job(partial(self._finish, shard)))
+        )
         self.wait_seconds += time.perf_counter() - start
         self._free.put(staging)
 
@@ -147,7 +157,7 @@ class ShardWriter:
         self._stream = self._stream or torch.cuda.Stream(device)
         self._stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(self._stream):
-            for tensor in (tensor for pair in pairs for tensor in pair):
+            for tensor in chain(*pairs, [positions] if positions is not None else []):
                 tensor.record_stream(self._stream)
             records, finite = staging.fill(pairs, self._store.codec, self._store.layouts, lengths, positions)
             copied = torch.cuda.Event()
@@ -170,9 +180,11 @@ class ShardWriter:
             if job.staging is not None:
                 self._free.put(job.staging)
 
-    def _write(self, indices: list[int], records: Records, finite: Tensor, copied: torch.cuda.Event) -> None:
+    def _write(
+        self, indices: list[int], whole: Tensor, records: Records, kept_finite: Tensor, copied: torch.cuda.Event
+    ) -> None:
         copied.synchronize()
-        self._add(indices, records, finite, self._finish)
+        self._add(indices, records, whole & kept_finite, self._finish)
 
     def _add(self, indices: Sequence[int], records: Records, finite: Tensor, finish: Callable[[int], None]) -> None:
         """Write samples to their places; `finish` is called for a shard that has them all."""

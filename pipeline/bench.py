@@ -15,6 +15,7 @@ from ..data.batching import ShuffledBatches
 from ..kvcache.errors import ConfigError
 from ..kvcache.reader import KVReader
 from ..kvcache.store import KVStore
+from .compatibility import require_learnable
 from .progress import progress_bar
 
 PASSES = 3
@@ -23,12 +24,8 @@ PASSES = 3
 
 @dataclass(frozen=True)
 class Pass:
-    """Passes over some of a store: bytes on disk of what was read, its tokens and batches, the seconds of the first
-    pass, and the median of those that followed."""
+    """Seconds of the first pass, and the median of those that followed."""
 
-    num_bytes: int
-    tokens: int
-    batches: int
     first_seconds: float
     seconds: float
 
@@ -36,46 +33,47 @@ class Pass:
 @dataclass(frozen=True)
 class Bench:
     """`plain` reads the files of the KV as they lie; `stream` is an epoch as a student reads it; `random` as many
-    batches from anywhere. `first_batch_seconds` is from opening the store to the first batch of an epoch."""
+    batches from anywhere: the same bytes, tokens and batches. `first_batch_seconds` is from opening the store to the
+    first batch of an epoch."""
 
+    num_bytes: int
+    tokens: int
+    batches: int
+    first_batch_seconds: float
     plain: Pass
     stream: Pass
     random: Pass
-    first_batch_seconds: float
 
 
-def bench(path: Path, batch_size: int = 16, progress: Progress | None = None) -> Bench:
-    """Read a store in three ways. Raises ConfigError for a batch of nothing, StoreError for a store that is damaged or
-    incomplete."""
+def bench(path: Path, batch_size: int, progress: Progress | None = None) -> Bench:
+    """Read a store in three ways. Raises ConfigError for a batch of nothing, StoreError for a store that is damaged,
+    incomplete, or without any KV."""
     if batch_size < 1:
         raise ConfigError("no such batch", expected="at least 1", found=batch_size, remedy="Mend --batch-size")
     start = time.perf_counter()
     store = KVStore.open(path)
     reader = KVReader(store)
     samples = np.setdiff1d(np.arange(store.num_samples), store.excluded)
+    require_learnable(store, "readable", samples)
     order = ShuffledBatches(samples, store.length, batch_size, 0, store.layout.samples)
     reader.read(next(iter(order)))
     first_batch = time.perf_counter() - start
     drawn = np.random.default_rng(0).permutation(samples)
     anywhere = [drawn[i : i + batch_size].tolist() for i in range(0, len(drawn), batch_size)]
+    works = (lambda: _read_plainly(store), lambda: _read(reader, order), lambda: _read(reader, anywhere))
     with progress or progress_bar() as bar:
-        task = bar.add_task("bench", total=3 * (PASSES + 1), status="")
+        task = bar.add_task("bench", total=len(works) * (PASSES + 1), status="")
+        plain, stream, random = (_timed(work, lambda: bar.advance(task)) for work in works)
+    num_bytes = sum(path.stat().st_size for path in _files(store))
+    return Bench(num_bytes, int(store.kv_length[samples].sum()), len(anywhere), first_batch, plain, stream, random)
 
-        def timed(work: Callable[[], None], batches: Iterable[Sequence[int]]) -> Pass:
-            seconds = []
-            for _ in range(PASSES + 1):
-                seconds.append(_seconds(work))
-                bar.advance(task)
-            read = [index for batch in batches for index in batch]
-            num_bytes = sum(path.stat().st_size for path in _files(store))
-            return Pass(num_bytes, int(store.kv_length[read].sum()), len(anywhere), seconds[0], median(seconds[1:]))
 
-        return Bench(
-            plain=timed(lambda: _read_plainly(store), anywhere),
-            stream=timed(lambda: _read(reader, order), order),
-            random=timed(lambda: _read(reader, anywhere), anywhere),
-            first_batch_seconds=first_batch,
-        )
+def _timed(work: Callable[[], None], done: Callable[[], None]) -> Pass:
+    seconds = []
+    for _ in range(PASSES + 1):
+        seconds.append(_seconds(work))
+        done()
+    return Pass(seconds[0], median(seconds[1:]))
 
 
 def _seconds(work: Callable[[], None]) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from ..data.corpus import BUILTIN_DATASET
@@ -32,6 +32,21 @@ class ExtractConfig:
     segments: str = "all"
     evict: str = "none"
     budget: float | None = None
+
+    def flags(self) -> list[str]:
+        """The options of `kvpipe extract` that give this config; defaults are left out."""
+        flags: list[str] = []
+        for field in fields(self):
+            value, name = getattr(self, field.name), field.name.replace("_", "-")
+            if value == field.default:
+                continue
+            if field.name == "max_shard_bytes":
+                flags += ["--max-shard-size", f"{value}B"]
+            elif isinstance(value, bool):
+                flags.append(f"--{name}")
+            else:
+                flags += [f"--{name}", f"{value:g}" if isinstance(value, float) else str(value)]
+        return flags
 
 
 def default_store(model: str) -> Path:

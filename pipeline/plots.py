@@ -11,7 +11,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from scipy import stats
 
-from .results import Results
+from .results import Results, arm_summary
+from .stats import ALPHA
 
 # Okabe & Ito's palette: told apart by colour-blind readers too.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999", "#F0E442")
@@ -73,16 +74,16 @@ def paired_differences(results: Results) -> str:
 def frontier(results: Results) -> str:
     """What a store's bytes buy: the primary metric of every arm, with its 95% interval over seeds, by bytes a token."""
     figure, axes = _figure(6.4, 4.2)
-    for arm, colour in zip(results.arms(), cycle(COLOURS), strict=False):
-        runs = [run for run in results.runs if run.arm == arm]
-        scores = np.array([run.scores[results.primary_metric] for run in runs])
-        half = stats.sem(scores) * stats.t.ppf(0.975, len(scores) - 1) if len(scores) > 1 else 0.0
-        if runs[0].record["config"]["mode"] == "none":
-            axes.axhspan(scores.mean() - half, scores.mean() + half, color=colour, alpha=0.15, linewidth=0)
-            axes.axhline(scores.mean(), color=colour, linestyle="--", label=f"{arm} (no KV)")
+    without_kv = {run.arm for run in results.runs if run.record["config"]["mode"] == "none"}
+    summary = arm_summary(results, results.primary_metric)
+    for (arm, (mean, deviation, count)), colour in zip(summary.items(), cycle(COLOURS), strict=False):
+        half = deviation / count**0.5 * stats.t.ppf(1 - ALPHA / 2, count - 1) if count > 1 else 0.0
+        if arm in without_kv:
+            axes.axhspan(mean - half, mean + half, color=colour, alpha=0.15, linewidth=0)
+            axes.axhline(mean, color=colour, linestyle="--", label=f"{arm} (no KV)")
             continue
-        axes.errorbar(results.bytes_per_token(arm), scores.mean(), half, color=colour, marker="o", capsize=3)
-        axes.annotate(arm, (results.bytes_per_token(arm), scores.mean()), (6, 4), textcoords="offset points")
+        axes.errorbar(results.bytes_per_token(arm), mean, half, color=colour, marker="o", capsize=3)
+        axes.annotate(arm, (results.bytes_per_token(arm), mean), (6, 4), textcoords="offset points")
     axes.set_xscale("log")
     axes.set_xlabel("bytes a token on disk")
     axes.set_ylabel(results.primary_metric)

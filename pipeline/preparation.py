@@ -18,7 +18,7 @@ from ..kvcache.align.layer_map import select_layers
 from ..kvcache.codec import require_codec
 from ..kvcache.create import TOKEN_BLOCK, SampleTable
 from ..kvcache.errors import ConfigError, ModelError
-from ..kvcache.evict import kept_lengths, require_eviction, require_reachable
+from ..kvcache.evict import NONE, kept_lengths, require_eviction, require_reachable
 from ..kvcache.layout import KVGeometry, dtype_name
 from ..kvcache.manifest import (
     SCHEMA_VERSION,
@@ -33,7 +33,7 @@ from ..kvcache.manifest import (
 )
 from .extract_config import ExtractConfig
 from .models import builtin_teachers, load_teacher, load_tokenizer, resolve_device, resolve_dtype
-from .teacher_pass import capture_kv, eligible_tokens, evicts
+from .teacher_pass import capture_kv, eligible_tokens
 
 DEFAULT_MAX_TOKENS = 1024
 
@@ -63,6 +63,11 @@ class Prepared:
             tokens += self.tokens[start : start + len(splits[name])]
             start += len(members)
         return replace(self, corpus=replace(self.corpus, splits=splits), tokens=tokens)
+
+    @property
+    def evicts(self) -> bool:
+        """Whether the KV of some tokens is not kept."""
+        return self.manifest.eviction != NONE or self.manifest.segments != select_segments("all")
 
     @property
     def truncated(self) -> int:
@@ -110,7 +115,7 @@ def sample_table(prepared: Prepared) -> SampleTable:
         table.input_ids[row, : len(sample)] = sample.input_ids
         table.segment_ids[row, : len(sample)] = sample.segment_ids
         table.spans[row, : len(sample)] = sample.spans
-    if evicts(prepared.manifest):
+    if prepared.evicts:
         eligible = eligible_tokens(table.segment_ids, prepared.manifest.segments).sum(1, dtype=np.int32)
         return replace(table, kv_length=kept_lengths(eligible, prepared.manifest.budget))
     return table

@@ -12,6 +12,7 @@ import numpy as np
 
 from ..kvcache.errors import ConfigError
 from ..kvcache.store import KVStore
+from ..kvcache.summary import summarise
 from .callbacks import read_metrics
 from .experiment import ExperimentRuns
 from .experiment_config import ExperimentConfig
@@ -59,6 +60,8 @@ class Results:
     comparisons: dict[str, list[Comparison]]
     savings: Savings
     stores: list[dict[str, Any]]
+    arm_stores: dict[str, str]
+    extractions: list[str]
     commands: dict[str, str]
 
     def to_dict(self) -> dict[str, Any]:
@@ -69,8 +72,7 @@ class Results:
 
     def bytes_per_token(self, arm: str) -> float:
         """Of the store that an arm reads, on disk."""
-        sizes = {store["path"]: float(store["bytes_per_token"]) for store in self.stores}
-        return next(sizes[run.record["store"]["path"]] for run in self.runs if run.arm == arm)
+        return next(float(s["bytes_per_token"]) for s in self.stores if s["path"] == self.arm_stores[arm])
 
 
 def collect(config: ExperimentConfig, outcome: ExperimentRuns, runs_dir: Path) -> Results:
@@ -90,7 +92,9 @@ def collect(config: ExperimentConfig, outcome: ExperimentRuns, runs_dir: Path) -
         wall_seconds=outcome.wall_seconds,
         comparisons={metric: _compare_all(config, runs, metric) for metric in _metrics(config)},
         savings=_savings(config, runs, stores),
-        stores=[store.summary() for store in stores],
+        stores=[summarise(store) for store in stores],
+        arm_stores={arm: str(config.store_of(arm).store) for arm in config.arms},
+        extractions=[shlex.join(["kvpipe", "extract", *e.flags()]) for e in config.extractions],
         commands={
             arm: shlex.join(["kvpipe", "distill", "--store", str(config.store_of(arm).store), *recipe.flags()])
             for arm, recipe in config.arms.items()

@@ -58,6 +58,8 @@ class Comparison:
     effect_size: float
     verdict: Verdict
     margin: float | None = None
+    p_beyond: float = float("nan")
+    """With a margin: of a difference beyond it, on the side where it is."""
 
     @property
     def num_seeds(self) -> int:
@@ -82,13 +84,15 @@ def compare(
     differences = np.array([arm_scores[s] - control_scores[s] for s in seeds])
     mean = float(differences.mean()) if len(seeds) else float("nan")
     spread = float(differences.std(ddof=1)) if len(seeds) > 1 else 0.0
-    low = high = p_value = effect = float("nan")
+    low = high = p_value = p_beyond = effect = float("nan")
     if spread > ROUNDING * abs(mean):
         test = stats.ttest_1samp(differences, 0.0)
         interval = test.confidence_interval(1 - ALPHA if question.margin is None else 1 - 2 * ALPHA)
         low, high, p_value = float(interval.low), float(interval.high), float(test.pvalue)
         if question.margin is not None:
             p_value = float(DescrStatsW(differences).ttost_mean(-question.margin, question.margin)[0])
+            towards_zero = -math.copysign(1, mean) * differences
+            p_beyond = float(stats.ttest_1samp(towards_zero, -question.margin, alternative="less").pvalue)
         effect = mean / spread
     return Comparison(
         arm=question.arm,
@@ -104,28 +108,31 @@ def compare(
         effect_size=effect,
         verdict="no verdict",
         margin=question.margin,
+        p_beyond=p_beyond,
     )
 
 
 def adjust(comparisons: Sequence[Comparison]) -> list[Comparison]:
-    """Holm's correction over a family of comparisons, and the verdict of each."""
-    tested = [i for i, c in enumerate(comparisons) if not np.isnan(c.p_value)]
-    adjusted = [float("nan")] * len(comparisons)
-    if tested:
-        corrected = multipletests([comparisons[i].p_value for i in tested], alpha=ALPHA, method="holm")[1]
-        for i, p_value in zip(tested, corrected, strict=True):
-            adjusted[i] = float(p_value)
+    """Holm's correction over a family of comparisons, and the verdict of each. Differences beyond their margins are a
+    family of their own."""
+    adjusted, beyond = (_holm([p(c) for c in comparisons]) for p in (lambda c: c.p_value, lambda c: c.p_beyond))
     return [
-        replace(comparison, p_adjusted=p_value, verdict=_verdict(comparison, p_value))
-        for comparison, p_value in zip(comparisons, adjusted, strict=True)
+        replace(comparison, p_adjusted=p_value, p_beyond=p_beyond, verdict=_verdict(comparison, p_value, p_beyond))
+        for comparison, p_value, p_beyond in zip(comparisons, adjusted, beyond, strict=True)
     ]
 
 
-def _verdict(comparison: Comparison, p_adjusted: float) -> Verdict:
+def _holm(p_values: Sequence[float]) -> list[float]:
+    """Adjusted; NaN stays NaN and does not count."""
+    tested = [p_value for p_value in p_values if not math.isnan(p_value)]
+    corrected = iter(multipletests(tested, alpha=ALPHA, method="holm")[1] if tested else ())
+    return [p_value if math.isnan(p_value) else float(next(corrected)) for p_value in p_values]
+
+
+def _verdict(comparison: Comparison, p_adjusted: float, p_beyond: float) -> Verdict:
     if comparison.num_seeds < MIN_SEEDS or math.isnan(p_adjusted):
         return "no verdict"
-    if comparison.margin is not None and max(comparison.ci_low, -comparison.ci_high) > comparison.margin:
-        # The whole interval is on one side of the margin. (Of the interval, so not adjusted for the family.)
+    if p_beyond < ALPHA:
         return "not equivalent"
     if not p_adjusted < ALPHA:
         return "inconclusive"

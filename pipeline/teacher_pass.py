@@ -16,12 +16,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..data.batching import length_batches
-from ..data.sample import Segment, select_segments
+from ..data.sample import Segment
 from ..kvcache.capture import CaptureCache
-from ..kvcache.evict import KEEP_ALL, NONE, POLICIES, Observed, choose_tokens
+from ..kvcache.evict import Observed, choose_tokens, require_policy
 from ..kvcache.layout import Pairs, layer_pairs, take_tokens
-from ..kvcache.manifest import Manifest
 from ..kvcache.queries import recorded_queries
+from ..kvcache.staging import finite_samples
 from ..kvcache.store import KVStore
 from ..kvcache.writer import OnNonfinite, ShardWriter
 from .ranks import ONE_PROCESS, Ranks
@@ -60,32 +60,30 @@ def eligible_tokens(segment_ids: NDArray[np.int8], segments: Sequence[str]) -> N
     return np.isin(segment_ids, [Segment[name.upper()] for name in segments])
 
 
-def evicts(manifest: Manifest) -> bool:
-    """Whether the KV of some tokens is not kept."""
-    return manifest.eviction != NONE or set(manifest.segments) != set(select_segments("all"))
-
-
-def read_samples(store: KVStore, teacher: PreTrainedModel, batch: list[int]) -> tuple[Pairs, Tensor | None]:
+def read_samples(
+    store: KVStore, teacher: PreTrainedModel, batch: list[int]
+) -> tuple[Pairs, Tensor | None, Tensor | None]:
     """Key and value `[B, H, T, D]` of the layers and tokens that a store keeps, from the teacher's forward over some
-    samples; and, where tokens are evicted, the positions `[B, T]` of the rest."""
+    samples; and, where tokens are evicted, the positions `[B, T]` of the rest and which samples were finite `[B]`."""
     length = torch.from_numpy(store.length[batch])
     width = int(length.max())
     ids = torch.from_numpy(store.input_ids[batch, :width].astype(np.int64)).to(teacher.device)
     mask = (torch.arange(width)[None] < length[:, None]).long().to(teacher.device)
-    policy = POLICIES.get(store.manifest.eviction, KEEP_ALL)
+    policy = require_policy(store.manifest.eviction)
     window = length[:, None] - policy.window + torch.arange(policy.window)
     with recorded_queries(teacher, window) if policy.window else nullcontext() as queries:
         every_layer = capture_kv(teacher, ids, mask)
     layers = store.manifest.layers
     pairs = [every_layer[layer] for layer in layers]
     if not store.evicts:
-        return pairs, None
+        return pairs, None, None
     seen = [queries[layer] for layer in layers] if queries is not None else None
     scores = policy.scores(Observed(batch, length, pairs, store.manifest.seed, seen, window))
     eligible = torch.from_numpy(eligible_tokens(store.segment_ids[batch, :width], store.manifest.segments))
     counts = torch.from_numpy(store.kv_length[batch])
     positions = choose_tokens(scores, eligible.to(scores.device), counts).to(teacher.device)
-    return [(take_tokens(key, positions), take_tokens(value, positions)) for key, value in pairs], positions
+    kept = [(take_tokens(key, positions), take_tokens(value, positions)) for key, value in pairs]
+    return kept, positions, finite_samples(pairs, length)
 
 
 def plan_windows(store: KVStore, batch_size: int | None, device: torch.device) -> list[range]:

@@ -19,6 +19,7 @@ from typing import Any
 from kvpipe.kvcache.errors import KVPipeError
 from kvpipe.kvcache.reader import KVReader
 from kvpipe.kvcache.store import KVStore
+from kvpipe.kvcache.summary import summarise
 from kvpipe.kvcache.verify import require_side_arrays, verify_shards
 from kvpipe.pipeline.models import tokenizer_from_files
 from kvpipe.pipeline.training_data import KVDataset
@@ -56,7 +57,7 @@ def reading_steps(path: str) -> dict[str, str]:
         return outcomes
     step("side arrays", lambda: require_side_arrays(store))
     step("verify", lambda: [str(damage) for damage in verify_shards(store) if damage])
-    step("summary", store.summary)
+    step("summary", lambda: summarise(store))
     step("tokenizer", lambda: tokenizer_from_files(store.tokenizer_files()))
     step("records", lambda: [(record["id"], record["prompt"]) for record in store.records])
     reader = step("complete", lambda: KVReader(store))

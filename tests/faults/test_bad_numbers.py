@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -53,10 +54,12 @@ def break_a_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
     model.get_input_embeddings().weight[tokenizer.convert_tokens_to_ids(RARE)] = float("nan")
 
 
+@pytest.mark.parametrize("options", [{}, {"evict": "rkv", "budget": 0.3}], ids=["whole", "evicted"])
 def test_samples_with_nan_are_left_out_and_all_else_goes_on(
-    broken_teacher: MakeTeacher, tmp_path: Path, tally: Tally
+    broken_teacher: MakeTeacher, tmp_path: Path, tally: Tally, options: dict[str, Any]
 ) -> None:
-    config = broken_teacher(break_a_token)
+    """Those too whose NaN is in tokens that were not to be kept."""
+    config = replace(broken_teacher(break_a_token), **options)
     store = extract(config).store
     bad = [
         i for i, record in enumerate(store.records) if RARE in record["prompt"] + record["reasoning"] + record["answer"]

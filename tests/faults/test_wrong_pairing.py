@@ -54,7 +54,7 @@ FIELDS: dict[str, Any] = {
     "dtype": "float16",
     "layers": [0, 2],
     "segments": ["answer"],
-    "eviction": "window",
+    "eviction": "random",
     "budget": 0.5,
     "key_position": "pre-rope",
     "rope.rope_theta": 10000.5,

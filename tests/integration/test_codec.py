@@ -53,6 +53,7 @@ def test_a_student_learns_from_the_tokens_that_were_kept(kvpipe: Any, tmp_path: 
         eligible = (segments[sample] > 0).sum()
         assert kept[sample] == -(-eligible // 2)
         places = group["kv_position"][sample, : kept[sample]]
+        assert (group["kv_position"][sample, kept[sample] :] == -1).all()
         assert (segments[sample][places] > 0).all()
         assert (np.diff(places) > 0).all()
         # R-KV keeps the last eight tokens, as far as its budget goes.

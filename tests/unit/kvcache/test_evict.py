@@ -75,7 +75,8 @@ def rkv_reference(batch: Observed, row: int) -> list[float]:
             mean = similarity.sum(0) / length
             redundancy = np.exp(mean) / np.exp(mean).sum()
             total += (0.1 * importance - 0.9 * redundancy) / 2
-    total[max(0, length - RKV.window) :] = math.inf
+    recent = max(0, length - RKV.window)
+    total[recent:] = 2**20 + np.arange(recent, length)
     return list(total)
 
 
@@ -142,6 +143,17 @@ def test_the_best_eligible_tokens_are_chosen_in_reading_order(data: st.DataObjec
         best = sorted((t for t in range(width) if eligible[row, t]), key=lambda t: (-float(scores[row, t]), t))
         expected = sorted(best[: int(counts[row])])
         assert chosen[row].tolist() == expected + [-1] * (chosen.shape[1] - len(expected))
+
+
+def test_rkv_keeps_the_last_of_all_within_a_budget_smaller_than_its_window() -> None:
+    scores = POLICIES["rkv"].scores(observed([40]))
+    assert choose_tokens(scores, torch.ones(1, 40).bool(), torch.tensor([4])).tolist() == [[36, 37, 38, 39]]
+
+
+@pytest.mark.parametrize("percent", range(1, 100))
+def test_a_share_is_rounded_up_and_no_further(percent: int) -> None:
+    eligible = np.arange(1, 1025, dtype=np.int32)
+    assert kept_lengths(eligible, percent / 100).tolist() == [-(-n * percent // 100) for n in range(1, 1025)]
 
 
 def test_budgets_are_shares_or_numbers() -> None:

@@ -33,7 +33,7 @@ def test_recorded_queries_give_the_attention_of_every_layer(tiny_model: PreTrain
     assert len(queries) == 3
     softcap = getattr(tiny_model.config, "attn_logit_softcapping", None)
     windows = getattr(tiny_model.config, "sliding_window", None)
-    for query, (key, value), output in zip(queries, layer_pairs(cache), outputs, strict=True):
+    for query, (key, value), output in zip(queries.values(), layer_pairs(cache), outputs, strict=True):
         groups = query.shape[1] // key.shape[1]
         logits = query @ key.repeat_interleave(groups, 1).transpose(-1, -2)
         if softcap is not None:

@@ -20,10 +20,10 @@ def test_every_sample_with_kv_is_read_in_every_pass(make_store: MakeStore, optio
     store, _ = make_store([7, 40, 33, 2, 64], **options)
     found = bench(store.path, batch_size=2)
     files = sum(path.stat().st_size for shard in range(store.num_shards) for path in store.shard_paths(shard))
+    assert found.num_bytes == files
+    assert found.tokens == int(store.kv_length.sum())
+    assert found.batches == (2 if "kept" in options else 3)
     for taken in (found.plain, found.stream, found.random):
-        assert taken.num_bytes == files
-        assert taken.tokens == int(store.kv_length.sum())
-        assert taken.batches == (2 if "kept" in options else 3)
         assert min(taken.first_seconds, taken.seconds) > 0
     assert found.first_batch_seconds > 0
 
@@ -36,4 +36,10 @@ def test_a_store_that_cannot_be_read_is_refused(make_store: MakeStore) -> None:
     data[100] ^= 1
     store.shard_path(1).write_bytes(data)
     with pytest.raises(StoreError, match=r"shard 1 .* is damaged"):
-        bench(store.path)
+        bench(store.path, batch_size=2)
+
+
+def test_a_store_without_any_kv_is_refused(make_store: MakeStore) -> None:
+    store, _ = make_store([7, 40], kept=[0, 0])
+    with pytest.raises(StoreError, match="has no readable samples"):
+        bench(store.path, batch_size=2)

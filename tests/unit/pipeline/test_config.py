@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -156,3 +157,16 @@ def test_the_command_line_has_an_option_for_every_field_with_the_same_default() 
     command = typer.main.get_command(app).commands["distill"]
     defaults = {parameter.name: parameter.default for parameter in command.params}
     assert {field.name: defaults[field.name] for field in fields(DistillConfig)} == DistillConfig().to_dict()
+
+
+def test_an_extractions_flags_give_it_back() -> None:
+    from kvpipe.cli.extract_options import extract_config
+    from kvpipe.pipeline.extract_config import ExtractConfig
+
+    config = ExtractConfig("qwen", Path("x.zarr"), samples=40, layers="ratio:2", codec="int4", evict="rkv", budget=0.5)
+    flags = config.flags()
+    options = {name.removeprefix("--"): value for name, value in zip(flags[::2], flags[1::2], strict=True)}
+    assert options.pop("store") == "x.zarr"
+    assert options.pop("samples") == "40"
+    found = extract_config(store=Path("x.zarr"), batch_size="auto", samples=40, **options)
+    assert found == config

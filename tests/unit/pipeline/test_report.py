@@ -205,13 +205,11 @@ def test_numbers_that_are_not_there_are_dashes() -> None:
 
 
 def test_several_stores_have_a_frontier(make_experiment: MakeExperiment, tmp_path: Path) -> None:
-    def edit(name: str, record: dict[str, Any]) -> None:
-        record["store"]["path"] = "small.zarr" if name.startswith("structured") else "large.zarr"
-
-    results = results_of(make_experiment(ARMS, edit=edit))
+    results = results_of(make_experiment(ARMS))
+    arm_stores = {arm: "small.zarr" if arm == "structured" else "large.zarr" for arm in ARMS}
     sizes = {"large.zarr": 2000.0, "small.zarr": 250.0}
     stores = [{**results.stores[0], "path": path, "bytes_per_token": size} for path, size in sizes.items()]
-    results = replace(results, stores=stores)
+    results = replace(results, stores=stores, arm_stores=arm_stores)
     assert [results.bytes_per_token(arm) for arm in ARMS] == [2000, 2000, 250]
     page = write_report(results, tmp_path)
     svg = ElementTree.fromstring((tmp_path / "frontier.svg").read_text())

@@ -183,6 +183,17 @@ def test_arms_that_differ_by_the_margin_are_called_equivalent_no_more_often_than
     assert 0 < sum(p < ALPHA for p in found) <= stats.binom.ppf(0.999, experiments, ALPHA)
 
 
+def test_a_family_at_the_margin_is_called_not_equivalent_no_more_often_than_alpha() -> None:
+    experiments, rng, false_alarms = 300, np.random.default_rng(5), 0
+    for _ in range(experiments):
+        family = [
+            compare(Question(f"a{i}", "b", 0.05), "ce", scores(0.05 + rng.normal(0, 0.02, 8)), scores([0.0] * 8))
+            for i in range(8)
+        ]
+        false_alarms += any(c.verdict == "not equivalent" for c in adjust(family))
+    assert 0 < false_alarms <= stats.binom.ppf(0.999, experiments, ALPHA)
+
+
 def test_equal_arms_are_told_apart_no_more_often_than_alpha() -> None:
     experiments, false_alarms = 400, 0
     rng = np.random.default_rng(7)
