@@ -9,10 +9,9 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
-from scipy import stats
+from matplotlib.ticker import LogLocator, NullLocator, ScalarFormatter
 
-from .results import Results, arm_summary
-from .stats import ALPHA
+from .results import Results
 
 # Okabe & Ito's palette: told apart by colour-blind readers too.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999", "#F0E442")
@@ -36,6 +35,7 @@ NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
 """Neither a date, which would change every report, nor links."""
 
 
+@mpl.rc_context(STYLE)
 def learning_curves(results: Results) -> str:
     """Held-out cross-entropy by step: the mean of each arm's seeds, and their range."""
     figure, axes = _figure(6.4, 3.6)
@@ -55,6 +55,7 @@ def learning_curves(results: Results) -> str:
     return _svg(figure)
 
 
+@mpl.rc_context(STYLE)
 def paired_differences(results: Results) -> str:
     """Every seed's difference on the primary metric, with the mean, its interval and the margin that was declared."""
     comparisons = results.comparisons[results.primary_metric]
@@ -71,27 +72,35 @@ def paired_differences(results: Results) -> str:
     return _svg(figure)
 
 
+@mpl.rc_context(STYLE)
 def frontier(results: Results) -> str:
-    """What a store's bytes buy: the primary metric of every arm, with its 95% interval over seeds, by bytes a token."""
-    figure, axes = _figure(6.4, 4.2)
+    """What a store's bytes buy: every comparison of arms that read different stores, by the bytes a token of the arm's.
+    The control is at zero, the margin around it, and arms without KV are lines."""
+    figure, axes = _figure(7.6, 3.8)
+    axes.axhline(0, color=INK, linewidth=0.8)
     without_kv = {run.arm for run in results.runs if run.record["config"]["mode"] == "none"}
-    summary = arm_summary(results, results.primary_metric)
-    for (arm, (mean, deviation, count)), colour in zip(summary.items(), cycle(COLOURS), strict=False):
-        half = deviation / count**0.5 * stats.t.ppf(1 - ALPHA / 2, count - 1) if count > 1 else 0.0
+    styles = zip(cycle("osD^vP"), cycle(COLOURS), strict=False)
+    for comparison, (marker, colour) in zip(results.comparisons[results.primary_metric], styles, strict=False):
+        arm, mean = comparison.arm, comparison.mean_difference
+        if comparison.margin is not None:
+            axes.axhspan(-comparison.margin, comparison.margin, color=INK, alpha=0.02, linewidth=0)
         if arm in without_kv:
-            axes.axhspan(mean - half, mean + half, color=colour, alpha=0.15, linewidth=0)
             axes.axhline(mean, color=colour, linestyle="--", label=f"{arm} (no KV)")
-            continue
-        axes.errorbar(results.bytes_per_token(arm), mean, half, color=colour, marker="o", capsize=3)
-        axes.annotate(arm, (results.bytes_per_token(arm), mean), (6, 4), textcoords="offset points")
+        elif results.arm_stores[arm] != results.arm_stores[comparison.control]:
+            ends = [[mean - comparison.ci_low], [comparison.ci_high - mean]]
+            place = results.bytes_per_token(arm)
+            axes.errorbar(place, mean, ends, color=colour, marker=marker, capsize=3, linestyle="", label=arm)
     axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(ScalarFormatter())
+    axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xlabel("bytes a token on disk")
-    axes.set_ylabel(results.primary_metric)
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend()
+    axes.set_ylabel(f"difference in {results.primary_metric}")
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     return _svg(figure)
 
 
+@mpl.rc_context(STYLE)
 def time_by_part(results: Results) -> str:
     """Mean seconds of an arm's runs, by part."""
     figure, axes = _figure(6.4, 0.8 + 0.45 * len(results.arms()))
@@ -111,13 +120,11 @@ def time_by_part(results: Results) -> str:
 
 
 def _figure(width: float, height: float) -> tuple[Figure, Any]:
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(width, height), layout="constrained")
-        return figure, figure.add_subplot()
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.add_subplot()
 
 
 def _svg(figure: Figure) -> str:
     text = io.StringIO()
-    with mpl.rc_context(STYLE):
-        figure.savefig(text, format="svg", transparent=True, metadata=NO_METADATA)
+    figure.savefig(text, format="svg", transparent=True, metadata=NO_METADATA)
     return text.getvalue()[text.getvalue().index("<svg") :]

@@ -15,6 +15,7 @@ from xml.etree import ElementTree
 import pytest
 from kvpipe.pipeline.report import number, p_value, sentence, write_report
 from kvpipe.pipeline.results import Results, collect
+from kvpipe.pipeline.stats import Question
 
 ARMS = {"none": 0.9, "flat": 0.4, "structured": 0.4}
 TEN_ARMS = {f"arm{i}": 0.5 + i / 20 for i in range(10)}
@@ -205,7 +206,8 @@ def test_numbers_that_are_not_there_are_dashes() -> None:
 
 
 def test_several_stores_have_a_frontier(make_experiment: MakeExperiment, tmp_path: Path) -> None:
-    results = results_of(make_experiment(ARMS))
+    pairs = [Question("none", "flat", 0.1), Question("structured", "flat", 0.1)]
+    results = results_of(make_experiment(ARMS, comparisons=pairs))
     arm_stores = {arm: "small.zarr" if arm == "structured" else "large.zarr" for arm in ARMS}
     sizes = {"large.zarr": 2000.0, "small.zarr": 250.0}
     stores = [{**results.stores[0], "path": path, "bytes_per_token": size} for path, size in sizes.items()]
@@ -214,6 +216,7 @@ def test_several_stores_have_a_frontier(make_experiment: MakeExperiment, tmp_pat
     page = write_report(results, tmp_path)
     svg = ElementTree.fromstring((tmp_path / "frontier.svg").read_text())
     words = {text.text for text in svg.iter("{http://www.w3.org/2000/svg}text")}
-    assert {"none (no KV)", "flat", "structured", "bytes a token on disk"} <= words
+    assert {"none (no KV)", "structured", "bytes a token on disk", "difference in ce"} <= words
+    assert "flat" not in words, "it is what the others are compared with"
     assert "<h2>Frontier</h2>" in page.read_text()
     assert "![bytes a token against quality](frontier.svg)" in (tmp_path / "report.md").read_text()
