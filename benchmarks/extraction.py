@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,16 +28,22 @@ RUNS = 5
 
 
 def measure(
-    model: str = "qwen", device: str = "auto", dtype: str = "auto", samples: int | None = None, runs: int = RUNS
+    model: str = "qwen",
+    device: str = "auto",
+    dtype: str = "auto",
+    samples: int | None = None,
+    runs: int = RUNS,
+    **kept: Any,
 ) -> list[Ratio]:
-    """Both ratios for one teacher on one device; `samples` as for `kvpipe extract`."""
+    """Both ratios for one teacher on one device; `samples` as for `kvpipe extract`, and what is `kept`: `codec`,
+    `evict`, `budget`."""
     with tempfile.TemporaryDirectory() as folder:
-        config = ExtractConfig(model, Path(folder) / "bench.zarr", samples=samples, device=device, dtype=dtype)
+        config = ExtractConfig(model, Path(folder) / "bench.zarr", samples=samples, device=device, dtype=dtype, **kept)
         timed = {"extract": _extraction(config), "forward": _bare_forward(config), "writes": _plain_writes(config)}
         rounds = alternate(timed, runs)
     for seconds in rounds:
         seconds["limit"] = seconds["forward"] + seconds["writes"]
-    name = f"({Path(model).name}, {dtype})"
+    name = f"({', '.join([Path(model).name, dtype, *map(str, kept.values())])})"
     return [
         ratio(f"extraction / bare forward {name}", rounds, "extract", "forward", aim=1.10),
         ratio(f"extraction / bare forward, then plain writes {name}", rounds, "extract", "limit", aim=1.10),
@@ -84,7 +91,8 @@ def _plain_writes(config: ExtractConfig) -> Callable[[], float]:
 
     def run() -> float:
         store = KVStore.open(config.store)
-        sizes = [store.shard_path(shard).stat().st_size for shard in range(store.num_shards)]
+        shards = [store.shard_paths(shard) for shard in range(store.num_shards)]
+        sizes = [path.stat().st_size for paths in shards for path in paths]
         data = np.ones(max(sizes), np.uint8)
         with tempfile.TemporaryDirectory(dir=config.store.parent) as folder:
             start = time.perf_counter()

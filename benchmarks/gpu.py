@@ -1,4 +1,5 @@
-"""Extraction on a GPU: wall over bare forward for Qwen2.5-0.5B- and 7B-shaped teachers with random weights.
+"""Extraction on a GPU: wall over bare forward for Qwen2.5-0.5B- and 7B-shaped teachers with random weights, raw, in four
+bits, and with half of the tokens evicted by R-KV.
 
 `python benchmarks/gpu.py` needs a CUDA device and about 40 GB of it for the larger shape. Aim: <= 1.10.
 """
@@ -7,6 +8,7 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import extraction
 import torch
@@ -36,6 +38,9 @@ SHAPES = {
 }
 
 
+KEPT: list[dict[str, Any]] = [{}, {"codec": "int4"}, {"evict": "rkv", "budget": 0.5}]
+
+
 def main() -> None:
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}\n\n{HEADER}")  # noqa: T201
     for name, config in SHAPES.items():
@@ -44,8 +49,9 @@ def main() -> None:
             with torch.device("cuda"):
                 Qwen2ForCausalLM._from_config(config, dtype=torch.bfloat16).save_pretrained(path)
             load_tokenizer("qwen").save_pretrained(path)
-            for found in extraction.measure(str(path), device="cuda", samples=600):
-                print(found.row, flush=True)  # noqa: T201
+            for kept in KEPT:
+                for found in extraction.measure(str(path), device="cuda", samples=600, **kept):
+                    print(found.row, flush=True)  # noqa: T201
 
 
 if __name__ == "__main__":
