@@ -1,5 +1,5 @@
-"""Extraction on a GPU: wall over bare forward for Qwen2.5-0.5B- and 7B-shaped teachers with random weights, raw, in four
-bits, and with half of the tokens evicted by R-KV.
+"""Extraction on a GPU: wall over bare forward for Qwen2.5-0.5B- and 7B-shaped teachers with random weights; raw, in
+four bits, and with half of the tokens evicted by R-KV.
 
 `python benchmarks/gpu.py` needs a CUDA device and about 40 GB of it for the larger shape. Aim: <= 1.10.
 """

@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import sys
+from importlib import metadata
 
 import typer
 
@@ -41,9 +42,16 @@ _REMEDIES = {
 }
 
 
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"kvpipe {metadata.version('kvpipe')}")
+        raise typer.Exit
+
+
 @app.callback()
 def options(
     debug: bool = typer.Option(False, "--debug", help="Show the traceback of an error. Works after any command."),
+    version: bool = typer.Option(False, "--version", help="Show the version.", is_eager=True, callback=_show_version),
 ) -> None:
     pass
 

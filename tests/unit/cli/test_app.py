@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.metadata import version
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from kvpipe.cli import app
+from typer.testing import CliRunner
 
 
 def raised(call: Callable[[], Any]) -> Exception:
@@ -42,3 +44,9 @@ def test_a_bug_stays_a_traceback() -> None:
 def test_every_kind_of_disk_error_has_its_own_remedy(error: Exception, remedy: str) -> None:
     assert app._user_error_code(error) == 2
     assert f". {remedy}; the same command then goes on" in app._sentence(error)
+
+
+def test_the_version_is_told() -> None:
+    result = CliRunner().invoke(app.app, ["--version"])
+    assert result.exit_code == 0
+    assert result.stdout == f"kvpipe {version('kvpipe')}\n"
