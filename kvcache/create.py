@@ -21,6 +21,7 @@ from .layout import KVGeometry, dtype_name
 from .ledger import Ledger
 from .manifest import Manifest
 from .side_arrays import add_array
+from .signals import deferred_signals
 from .store import ATTRIBUTE, KV_LENGTH, KVStore
 
 TOKEN_BLOCK = 32
@@ -70,28 +71,30 @@ def create_store(
 
     Raises ConfigError for a codec that is unknown or cannot hold this geometry.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    building = path.with_name(f".{path.name}{PARTIAL}")
-    remove_tree(building)
-    try:
-        group = zarr.create_group(building, zarr_format=3)
-        _create_kv(group, manifest, table, geometry, samples_per_shard)
-        checksums = _create_side_arrays(group, table, tokenizer_files)
-        group.attrs[ATTRIBUTE] = seal(
-            {
-                "manifest": manifest.to_dict(),
-                "kvpipe_version": version("kvpipe"),
-                "split_names": list(table.split_names),
-                "truncated_samples": truncated,
-                "tokenizer_files": list(tokenizer_files),
-                "checksums": checksums,
-                "metadata": metadata_checksums(building),
-            }
-        )
-        building.rename(path)
-    except BaseException:
+    # Interrupted, Zarr's own threads would go on writing, and make anew what is being removed.
+    with deferred_signals():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        building = path.with_name(f".{path.name}{PARTIAL}")
         remove_tree(building)
-        raise
+        try:
+            group = zarr.create_group(building, zarr_format=3)
+            _create_kv(group, manifest, table, geometry, samples_per_shard)
+            checksums = _create_side_arrays(group, table, tokenizer_files)
+            group.attrs[ATTRIBUTE] = seal(
+                {
+                    "manifest": manifest.to_dict(),
+                    "kvpipe_version": version("kvpipe"),
+                    "split_names": list(table.split_names),
+                    "truncated_samples": truncated,
+                    "tokenizer_files": list(tokenizer_files),
+                    "checksums": checksums,
+                    "metadata": metadata_checksums(building),
+                }
+            )
+            building.rename(path)
+        except BaseException:
+            remove_tree(building)
+            raise
     return KVStore.open(path)
 
 
