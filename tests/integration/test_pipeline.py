@@ -233,7 +233,8 @@ def test_a_repeated_command_repeats_no_work(
     assert refused.code == 2
     assert refused.error_lines == [
         f"Error: {tmp_path / 'run'} holds another run (config.learning_rate differs): expected 0.003, found 0.001. "
-        "Choose another folder with --output-dir, or delete this one (`distill --overwrite` does)"
+        "Choose another folder (--output-dir, of an experiment --runs-dir), or delete this one "
+        "(`distill --overwrite` does)"
     ]
     assert model.code == 2
     assert "is not a run directory" in model.stderr

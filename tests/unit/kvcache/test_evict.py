@@ -150,10 +150,10 @@ def test_rkv_keeps_the_last_of_all_within_a_budget_smaller_than_its_window() -> 
     assert choose_tokens(scores, torch.ones(1, 40).bool(), torch.tensor([4])).tolist() == [[36, 37, 38, 39]]
 
 
-@pytest.mark.parametrize("percent", range(1, 100))
-def test_a_share_is_rounded_up_and_no_further(percent: int) -> None:
+def test_a_share_is_rounded_up_and_no_further() -> None:
     eligible = np.arange(1, 1025, dtype=np.int32)
-    assert kept_lengths(eligible, percent / 100).tolist() == [-(-n * percent // 100) for n in range(1, 1025)]
+    for percent in range(1, 100):
+        assert kept_lengths(eligible, percent / 100).tolist() == [-(-n * percent // 100) for n in range(1, 1025)]
 
 
 def test_budgets_are_shares_or_numbers() -> None:
