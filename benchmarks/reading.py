@@ -11,31 +11,27 @@ chunk with the ledger's checksum, and nobody else in this table would notice a f
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tensorstore
 import torch
 from kvpipe.data.batching import ShuffledBatches
 from kvpipe.kvcache.create import TOKEN_BLOCK, SampleTable, create_store
 from kvpipe.kvcache.layout import KVGeometry
 from kvpipe.kvcache.manifest import DatasetIdentity, Manifest, TeacherIdentity
-from kvpipe.kvcache.reader import KVReader
 from kvpipe.kvcache.store import KVStore
 from kvpipe.kvcache.writer import ShardWriter
 from kvpipe.pipeline.training_data import KVDataset
-from safetensors import safe_open
-from safetensors.torch import save_file
+from peers import BATCH_SIZE, SHARD_BYTES, Read, loaders, readers
 from side_by_side import HEADER, Ratio, alternate, of_values, ratio
 from torch import Tensor
 
-BATCH_SIZE, RUNS, SHARD_BYTES = 16, 7, 64_000_000
+RUNS = 7
 AIM = 1 / 0.9
 
 
@@ -54,8 +50,6 @@ SHAPES = [
     Shape("0.5B", KVGeometry(24, 2, 64, torch.bfloat16), 512, 160),
     Shape("7B", KVGeometry(28, 4, 128, torch.bfloat16), 512, 64),
 ]
-
-Read = Callable[[Sequence[int]], Tensor]
 
 
 MANY = Shape("100,000 samples", KVGeometry(1, 1, 4, torch.bfloat16), 64, 100_000)
@@ -92,14 +86,14 @@ def measure_shape(shape: Shape, runs: int = RUNS) -> list[Ratio]:
         rng = np.random.default_rng(0)
         random = [rng.choice(shape.samples, BATCH_SIZE, replace=False).tolist() for _ in range(shape.samples // 16)]
         order = ShuffledBatches(np.arange(shape.samples), store.length, BATCH_SIZE, 0, store.layout.samples)
-        readers = _readers(store, samples, place)
+        read_by = readers(store, samples, place)
         timed: dict[str, Callable[[], float]] = {}
-        for name, read in readers.items():
+        for name, read in read_by.items():
             timed[f"random {name}"] = lambda read=read: _seconds(map(read, random))  # type: ignore[misc]
             timed[f"stream {name}"] = lambda read=read: _seconds(map(read, order))  # type: ignore[misc]
-        for name, loader in _loaders(samples, place):
+        for name, loader in loaders(samples, place):
             timed[f"stream {name}"] = lambda loader=loader: _seconds(loader())  # type: ignore[misc]
-        _require_same(readers, random[0])
+        _require_same(read_by, random[0])
         rounds = alternate(timed, runs)
     return [
         ratio(f"{name} / np.memmap ({shape.name})", rounds, name, f"{name.split()[0]} np.memmap", aim=AIM)
@@ -153,80 +147,6 @@ def _write_store(shape: Shape, samples: list[Tensor], path: Path, samples_per_sh
     return store
 
 
-def _readers(store: KVStore, samples: list[Tensor], place: Path) -> dict[str, Read]:
-    return {
-        "np.memmap": _memmap(samples, place / "flat.bin"),
-        "kvpipe": KVReader(store).read,
-        "safetensors, a file a shard": _safetensors(store, samples, place / "safetensors"),
-        "torch.load, a file a sample": _torch_load(samples, place / "torch"),
-        "tensorstore": _tensorstore(store),
-    }
-
-
-def _memmap(samples: list[Tensor], path: Path) -> Read:
-    """One sample after the other in one file."""
-    starts = np.cumsum([0] + [sample.numel() for sample in samples])
-    with path.open("wb") as file:
-        for sample in samples:
-            file.write(sample.contiguous().view(torch.uint16).numpy().tobytes())
-    flat, shapes = np.memmap(path, np.uint16, "r"), [tuple(sample.shape) for sample in samples]
-
-    def read(indices: Sequence[int]) -> Tensor:
-        return _padded([flat[starts[i] : starts[i + 1]].reshape(shapes[i]) for i in indices])
-
-    return read
-
-
-def _safetensors(store: KVStore, samples: list[Tensor], folder: Path) -> Read:
-    folder.mkdir()
-    files = []
-    for shard in range(store.num_shards):
-        files.append(folder / f"{shard}.safetensors")
-        save_file({str(i): samples[i].contiguous() for i in store.shard_samples(shard)}, files[-1])
-    opened = [safe_open(file, "pt") for file in files]
-
-    def read(indices: Sequence[int]) -> Tensor:
-        found = [opened[i // store.layout.samples].get_tensor(str(i)) for i in indices]
-        return _padded([tensor.view(torch.uint16).numpy() for tensor in found])
-
-    return read
-
-
-def _torch_load(samples: list[Tensor], folder: Path) -> Read:
-    folder.mkdir()
-    for index, sample in enumerate(samples):
-        torch.save(sample.clone(), folder / f"{index}.pt")
-
-    def read(indices: Sequence[int]) -> Tensor:
-        found = [torch.load(folder / f"{i}.pt", weights_only=True) for i in indices]
-        return _padded([tensor.view(torch.uint16).numpy() for tensor in found])
-
-    return read
-
-
-def _tensorstore(store: KVStore) -> Read:
-    """Its own zarr3 driver, on kvpipe's files, all samples of a batch asked for at once."""
-    array = tensorstore.open(
-        {"driver": "zarr3", "kvstore": {"driver": "file", "path": str(store.path / "kv")}}, read=True
-    ).result()
-    lengths = store.length.tolist()
-
-    def read(indices: Sequence[int]) -> Tensor:
-        asked = [array[:, :, i, :, : lengths[i]].read() for i in indices]
-        return _padded([found.result() for found in asked])
-
-    return read
-
-
-def _padded(samples: list[np.ndarray[Any, Any]]) -> Tensor:
-    layers, kinds, heads, _, channels = samples[0].shape
-    out = np.empty((layers, kinds, len(samples), heads, max(s.shape[3] for s in samples), channels), np.uint16)
-    for row, sample in enumerate(samples):
-        out[:, :, row, :, : sample.shape[3]] = sample
-        out[:, :, row, :, sample.shape[3] :] = 0
-    return torch.from_numpy(out).view(torch.bfloat16)
-
-
 def _require_same(readers: dict[str, Read], batch: list[int]) -> None:
     expected = readers["np.memmap"](batch)
     for name, read in readers.items():
@@ -238,60 +158,6 @@ def _seconds(batches: Iterable[Any]) -> float:
     for _ in batches:
         pass
     return time.perf_counter() - start
-
-
-def _loaders(samples: list[Tensor], place: Path) -> Iterator[tuple[str, Callable[[], Iterable[Any]]]]:
-    """Whole loaders with a shuffle of their own, in this process as kvpipe's reader is."""
-    if importlib.util.find_spec("streaming"):
-        yield "MDS", _mds(samples, place / "mds")
-    if importlib.util.find_spec("litdata"):
-        yield "litdata", _litdata(samples, place / "litdata")
-
-
-def _mds(samples: list[Tensor], folder: Path) -> Callable[[], Iterable[Tensor]]:
-    from streaming import MDSWriter, StreamingDataset  # type: ignore[import-not-found]
-
-    with MDSWriter(out=str(folder), columns={"kv": "bytes", "tokens": "int"}, size_limit=SHARD_BYTES) as writer:
-        for sample in samples:
-            writer.write(
-                {"kv": sample.contiguous().view(torch.uint16).numpy().tobytes(), "tokens": int(sample.shape[3])}
-            )
-    data = StreamingDataset(local=str(folder), shuffle=True, batch_size=BATCH_SIZE, num_canonical_nodes=1)
-    layers, kinds, heads, _, channels = samples[0].shape
-
-    def epoch() -> Iterator[Tensor]:
-        batch = []
-        for item in data:
-            array = np.frombuffer(item["kv"], np.uint16).reshape(layers, kinds, heads, item["tokens"], channels)
-            batch.append(array)
-            if len(batch) == BATCH_SIZE:
-                yield _padded(batch)
-                batch = []
-
-    return epoch
-
-
-def _litdata(samples: list[Tensor], folder: Path) -> Callable[[], Iterable[Tensor]]:
-    from litdata import StreamingDataset  # type: ignore[import-not-found]
-    from litdata.streaming.writer import BinaryWriter  # type: ignore[import-not-found]
-
-    folder.mkdir()
-    writer = BinaryWriter(str(folder), chunk_bytes=SHARD_BYTES)
-    for index, sample in enumerate(samples):
-        writer[index] = sample.contiguous().view(torch.uint16).numpy()
-    writer.done()
-    writer.merge(1)
-    data = StreamingDataset(str(folder), shuffle=True)
-
-    def epoch() -> Iterator[Tensor]:
-        batch = []
-        for item in data:
-            batch.append(item)
-            if len(batch) == BATCH_SIZE:
-                yield _padded(batch)
-                batch = []
-
-    return epoch
 
 
 if __name__ == "__main__":

@@ -86,9 +86,7 @@ def distill(
         parts = _build(config, store)
         # Only now, when nothing the user can mend stands in the way, does the folder change.
         run.claim(identity, overwrite=overwrite)
-        trainer = _trainer(parts, config, _arguments(config, run, resolved, save_steps))
-        trainer.add_callback(MetricsFile(run.metrics))
-        trainer.add_callback(SealedCheckpoints(identity))
+        trainer = _trainer(parts, config, _arguments(config, run, resolved, save_steps), run, identity)
         setup_done = time.perf_counter()
         with progress or progress_bar() as bar:
             trainer.add_callback(TrainingProgress(bar, run_dir.name))
@@ -149,8 +147,10 @@ def _build(config: DistillConfig, store: KVStore) -> _Parts:
     return _Parts(distiller, tokenizer, data, batches, held_out, evaluate, pairing)
 
 
-def _trainer(parts: _Parts, config: DistillConfig, arguments: TrainingArguments) -> DistillTrainer:
-    return DistillTrainer(
+def _trainer(
+    parts: _Parts, config: DistillConfig, arguments: TrainingArguments, run: RunDirectory, identity: dict[str, Any]
+) -> DistillTrainer:
+    trainer = DistillTrainer(
         parts.distiller,
         arguments,
         config,
@@ -158,6 +158,9 @@ def _trainer(parts: _Parts, config: DistillConfig, arguments: TrainingArguments)
         parts.batches,
         lambda distiller: parts.evaluate(distiller)[0],
     )
+    trainer.add_callback(MetricsFile(run.metrics))
+    trainer.add_callback(SealedCheckpoints(identity))
+    return trainer
 
 
 def _build_aligner(
