@@ -28,6 +28,7 @@ def bench(
 
 def _rows(found: Bench) -> dict[str, str]:
     return {
+        "what is read": "KV and queries" if found.queries else "KV",
         "open to first batch": f"{found.first_batch_seconds:.2f} s",
         "plain reading": _rate(found, found.plain),
         "shuffled epoch": f"{_rate(found, found.stream)}, {_share(found, found.stream)}",

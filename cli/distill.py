@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-ALIGNMENT, TRAINING, EVALUATION = "Alignment", "Training", "Evaluation"
+ALIGNMENT, LOSS, TRAINING, EVALUATION = "Alignment", "KV loss", "Training", "Evaluation"
 
 
 def distill(
     mode: Annotated[
-        str, typer.Option("--mode", help="structured, flat, or none (cross-entropy only).", rich_help_panel=ALIGNMENT)
+        str,
+        typer.Option(
+            "--mode",
+            help="How the student's heads meet the teacher's: structured (heads stay heads), flat (one linear map a "
+            "layer), flat-global (one for all layers), bottleneck (an MLP), identity, or none (cross-entropy only).",
+            rich_help_panel=ALIGNMENT,
+        ),
     ] = "structured",
     store: Annotated[
         Path | None, typer.Option(help="The teacher's KV. \\[default: the only store under stores/]")
@@ -25,10 +32,33 @@ def distill(
         Path | None, typer.Option(help="The run's folder. \\[default: runs/<mode>-seed<seed>]")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a run that is already there.")] = False,
+    layer_map: Annotated[
+        str,
+        typer.Option(
+            help="Which teacher layers a student layer learns from: ratio, skip, uniform, last, cka, or a JSON file.",
+            rich_help_panel=ALIGNMENT,
+        ),
+    ] = "ratio",
+    time_map: Annotated[
+        str,
+        typer.Option(
+            help="For a student with its own tokenizer: span-last, span-mean or segment. auto is identity for equal "
+            "tokenizers, else span-last.",
+            rich_help_panel=ALIGNMENT,
+        ),
+    ] = "auto",
+    key_space: Annotated[
+        str,
+        typer.Option(
+            help="post-rope (keys as caches hold them), or pre-rope (both sides without their rotation).",
+            rich_help_panel=ALIGNMENT,
+        ),
+    ] = "post-rope",
     direction: Annotated[
         str,
         typer.Option(
-            help="student-to-teacher (the target is fixed), or teacher-to-student-joint (the target may collapse).",
+            help="student-to-teacher (the target is fixed), teacher-to-student-frozen (by a closed-form map), or "
+            "teacher-to-student-joint (the target may collapse).",
             rich_help_panel=ALIGNMENT,
         ),
     ] = "student-to-teacher",
@@ -40,15 +70,51 @@ def distill(
             rich_help_panel=ALIGNMENT,
         ),
     ] = True,
-    init_uniform: Annotated[
+    share_layers: Annotated[
         bool,
-        typer.Option("--init-uniform", help="structured: start from the mean of the heads.", rich_help_panel=ALIGNMENT),
+        typer.Option("--share-layers", help="structured: one projection for all layers.", rich_help_panel=ALIGNMENT),
     ] = False,
+    match_params: Annotated[
+        str,
+        typer.Option(
+            help="none, or as many weights as a plain flat or structured projection has: by more terms (structured), "
+            "a lower rank (flat) or another width (bottleneck).",
+            rich_help_panel=ALIGNMENT,
+        ),
+    ] = "none",
+    start: Annotated[
+        str,
+        typer.Option(
+            help="Of the projection: random, uniform (structured: the mean of the heads) or closed-form.",
+            rich_help_panel=ALIGNMENT,
+        ),
+    ] = "random",
+    closed_form: Annotated[
+        str,
+        typer.Option(
+            help="ridge, procrustes or pca (of the teacher): how closed-form starts and frozen maps are fitted.",
+            rich_help_panel=ALIGNMENT,
+        ),
+    ] = "ridge",
     shuffle_kv: Annotated[
         bool,
         typer.Option("--shuffle-kv", help="Control: permute the teacher's KV in time.", rich_help_panel=ALIGNMENT),
     ] = False,
-    kv_weight: Annotated[float, typer.Option(help="Weight of the KV loss.", rich_help_panel=TRAINING)] = 1.0,
+    kv_loss: Annotated[
+        str,
+        typer.Option(
+            help="One or more of mse, smooth-l1, mercator, hybrid, kava, structural, attention-mse, relation and cka, "
+            "each with a weight and a warm-up, as a share of the run, if wanted: mse,cka:0.1:0.2.",
+            rich_help_panel=LOSS,
+        ),
+    ] = "mse",
+    kv_segments: Annotated[
+        str,
+        typer.Option(help="Compare KV on all tokens, or on some of prompt,reasoning,answer.", rich_help_panel=LOSS),
+    ] = "all",
+    kv_weight: Annotated[
+        float, typer.Option(help="Weight of the KV loss beside the cross-entropy.", rich_help_panel=LOSS)
+    ] = 1.0,
     learning_rate: Annotated[float, typer.Option(help="Of the student.", rich_help_panel=TRAINING)] = 1e-3,
     aligner_learning_rate: Annotated[
         float | None, typer.Option(help="\\[default: 5 times the student's]", rich_help_panel=TRAINING)
@@ -90,34 +156,15 @@ def distill(
 
     Repeat the command after an interruption: it goes on from its last checkpoint.
     """
+    given = locals()
+
     from ..pipeline.config import DistillConfig
     from ..pipeline.distill import distill as run
     from ..pipeline.distill import find_store
 
-    options = {
-        "mode": mode,
-        "student": student,
-        "random_init": random_init,
-        "direction": direction,
-        "share_dim_proj": share_dim_proj,
-        "init_uniform": init_uniform,
-        "shuffle_kv": shuffle_kv,
-        "kv_weight": kv_weight,
-        "learning_rate": learning_rate,
-        "aligner_learning_rate": aligner_learning_rate,
-        "weight_decay": weight_decay,
-        "warmup_ratio": warmup_ratio,
-        "batch_size": batch_size,
-        "epochs": epochs,
-        "max_steps": max_steps,
-        "samples": samples,
-        "eval_split": eval_split,
-        "max_new_tokens": max_new_tokens,
-        "on_collapse": on_collapse,
-        "bf16": bf16,
-        "seed": seed,
-    }
-    config = DistillConfig.from_mapping(options, "the command line")
+    config = DistillConfig.from_mapping(
+        {field.name: given[field.name] for field in fields(DistillConfig)}, "the command line"
+    )
     folder = output_dir or Path("runs") / config.name
     record = run(config, find_store(store), folder, device=device, overwrite=overwrite, save_steps=save_steps)
     metrics, seconds = record["metrics"], record["seconds"]
@@ -129,3 +176,9 @@ def distill(
     )
     if record["collapsed"]:
         typer.secho("The distillation target collapsed during this run.", fg=typer.colors.YELLOW, err=True)
+    if record["absorbed"]:
+        typer.secho(
+            "Hardly any of the student's gradient came from the KV loss in the end: the aligner absorbs it.",
+            fg=typer.colors.YELLOW,
+            err=True,
+        )

@@ -27,6 +27,7 @@ def extract(
     segments: option.Segments = "all",
     evict: option.Evict = "none",
     budget: option.Budget = None,
+    queries: option.Queries = False,
     max_shard_size: Annotated[
         str, typer.Option(help="Raw KV of all layers in a shard, e.g. 64MB or 1GB. A codec makes the file smaller.")
     ] = "64MB",
@@ -63,8 +64,9 @@ def _show(report: ExtractReport) -> None:
         typer.echo(f"{evicted} of {store.num_samples} samples are excluded: they have no tokens of these segments.")
     if excluded := len(store.excluded) - evicted:
         scales = " or beyond float16 in its scales" if store.codec.lossy else ""
+        what = "KV or a query" if store.manifest.queries else "KV"
         typer.echo(
-            f"{excluded} of {store.num_samples} samples are excluded: the teacher's KV is NaN or infinite in "
+            f"{excluded} of {store.num_samples} samples are excluded: the teacher's {what} is NaN or infinite in "
             f"{store.manifest.dtype}{scales}.",
         )
     if store.truncated:

@@ -55,6 +55,10 @@ Budget = Annotated[
     str | None,
     typer.Option("--budget", help="With --evict: tokens kept of a sample, as a share (0.5) or a number (128)."),
 ]
+Queries = Annotated[
+    bool,
+    typer.Option("--queries", help="Keep the queries too, for KV losses that compare attention. The store is larger."),
+]
 Revision = Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit of a Hub model.")]
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Let a Hub model run its own code.")]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of the built-in data set.")]

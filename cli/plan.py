@@ -28,6 +28,7 @@ def plan(
     segments: option.Segments = "all",
     evict: option.Evict = "none",
     budget: option.Budget = None,
+    queries: option.Queries = False,
     revision: option.Revision = None,
     trust_remote_code: option.TrustRemoteCode = False,
     seed: option.Seed = 0,
@@ -47,11 +48,12 @@ def plan(
 def _rows(plan: Plan, place: Path) -> dict[str, str]:
     cut = f", {plan.truncated:,} cut (--max-tokens)" if plan.truncated else ""
     share = plan.store_bytes / plan.raw_bytes
+    queries = f" ({plan.query_bytes / plan.tokens:,.0f} of them queries)" if plan.query_bytes else ""
     free = f"{_bytes(plan.free_bytes)} free: {'it fits' if plan.fits else 'it does not fit'}"
     never = "never: reading is no faster than the teacher here"
     return {
         "samples": f"{plan.samples:,}, {plan.tokens:,} tokens{cut}",
-        "bytes a token": f"{plan.store_bytes / plan.tokens:,.0f}, {share:.2f} of raw KV of all layers",
+        "bytes a token": f"{plan.store_bytes / plan.tokens:,.0f}{queries}, {share:.2f} of raw KV of all layers",
         "store": f"{_bytes(plan.store_bytes)} at {place}, {free}",
         "teacher alone": _time(plan.tokens, plan.forward_rate),
         "extraction": _time(plan.tokens, plan.extract_rate),

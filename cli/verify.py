@@ -22,4 +22,5 @@ def verify(store: Annotated[Path, typer.Argument(help="A store written by `kvpip
     for line in describe(damages):
         typer.echo(line)
     require_sound(opened, damages)
-    typer.echo(f"{store} is sound: {opened.num_shards} shards, {opened.num_samples} samples.")
+    queries = ", queries included" if opened.manifest.queries else ""
+    typer.echo(f"{store} is sound: {opened.num_shards} shards, {opened.num_samples} samples{queries}.")

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .errors import ConfigError
 from .layout import DIMENSION_NAMES, STORAGE_DTYPES, KVGeometry
-from .part import KV_POSITION, Part, positions_part
+from .part import KV_POSITION, QUERIES, Part, positions_part, queries_part
 
 Chunks = Shaped[Tensor, "N L 2 H block D"]
 """Token blocks of any samples, one after the other."""
@@ -46,8 +46,11 @@ class Codec(ABC):
         """The arrays, by name, for blocks of so many tokens."""
 
     def all_parts(self, geometry: KVGeometry, block: int, *, evicts: bool) -> dict[str, Part]:
-        """The arrays of a store: those of the KV, then, if tokens are evicted, that of the places of the rest."""
-        return self.parts(geometry, block) | ({KV_POSITION: positions_part(block)} if evicts else {})
+        """The arrays of a store: those of the KV, then, if tokens are evicted, that of the places of the rest, then, if
+        the geometry has any, that of the queries."""
+        places = {KV_POSITION: positions_part(block)} if evicts else {}
+        queries = {QUERIES: queries_part(geometry, block)} if geometry.num_query_heads else {}
+        return self.parts(geometry, block) | places | queries
 
     @abstractmethod
     def decode(self, parts: Sequence[Tensor], dtype: torch.dtype) -> Chunks:

@@ -20,6 +20,7 @@ from .integrity import metadata_checksums, seal
 from .layout import KVGeometry, dtype_name
 from .ledger import Ledger
 from .manifest import Manifest
+from .part import QUERIES
 from .side_arrays import add_array
 from .signals import deferred_signals
 from .store import ATTRIBUTE, KV_LENGTH, KVStore
@@ -52,7 +53,7 @@ class SampleTable:
         return self.kv_length is not None
 
     def stored_bytes(self, geometry: KVGeometry, codec: str) -> int:
-        """What the KV takes on disk."""
+        """What the KV, and the queries if the geometry has any, take on disk."""
         lengths = self.length if self.kv_length is None else self.kv_length
         return stored_bytes(lengths, geometry, codec, evicts=self.evicts)
 
@@ -99,7 +100,8 @@ def create_store(
 
 
 def stored_bytes(lengths: NDArray[np.int32], geometry: KVGeometry, codec: str, *, evicts: bool = False) -> int:
-    """What the KV of samples of these lengths takes on disk: whole token blocks."""
+    """What the KV of samples of these lengths takes on disk, with their queries if the geometry has any: whole token
+    blocks."""
     parts = require_codec(codec).all_parts(geometry, TOKEN_BLOCK, evicts=evicts).values()
     block = sum(part.layout(TOKEN_BLOCK, 1, 1).chunk_bytes for part in parts)
     return int((-(-lengths.astype(np.int64) // TOKEN_BLOCK)).sum()) * block
@@ -120,10 +122,10 @@ def _create_kv(group: zarr.Group, manifest: Manifest, table: SampleTable, geomet
             dtype=part.dtype,
             fill_value=part.fill,
             dimension_names=part.axes,
-            attributes={"logical_dtype": dtype_name(geometry.dtype)} if name == "kv" else None,
+            attributes={"logical_dtype": dtype_name(geometry.dtype)} if name in ("kv", QUERIES) else None,
             **plain,
         )
-    shape, chunks, dtype = Ledger.array(num_samples, samples, blocks)
+    shape, chunks, dtype = Ledger.array(num_samples, samples, blocks, len(parts))
     group.create_array(
         "ledger",
         shape=shape,

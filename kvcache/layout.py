@@ -36,10 +36,16 @@ class KVGeometry:
     num_kv_heads: int
     head_dim: int
     dtype: torch.dtype
+    num_query_heads: int = 0
+    """Of the queries that are kept beside the KV; 0 where none are."""
 
     @property
     def bytes_per_token(self) -> int:
         return self.num_layers * 2 * self.num_kv_heads * self.head_dim * self.dtype.itemsize
+
+    @property
+    def query_bytes_per_token(self) -> int:
+        return self.num_layers * self.num_query_heads * self.head_dim * self.dtype.itemsize
 
 
 def dtype_name(dtype: torch.dtype) -> str:

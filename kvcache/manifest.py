@@ -51,6 +51,7 @@ class Manifest:
     segments: tuple[str, ...]
     eviction: str
     budget: float | None
+    queries: bool
     key_position: str
     rope: dict[str, Any]
     max_tokens: int
@@ -189,10 +190,3 @@ def hash_samples(samples: Iterable[Mapping[str, Any]]) -> str:
     for sample in samples:
         digest.update(hash_json(sample).encode())
     return digest.hexdigest()
-
-
-def rope_parameters(config: PreTrainedConfig) -> dict[str, Any]:
-    """The rotary-embedding parameters under which keys were rotated; empty without RoPE."""
-    text_config = config.get_text_config(decoder=True)
-    parameters = getattr(text_config, "rope_parameters", None) or {}
-    return json.loads(json.dumps(parameters, default=str))

@@ -1,4 +1,5 @@
-"""The arrays that hold KV are cut alike, and written as one: a chunk each for every token block of a sample."""
+"""The arrays that hold KV, and what goes with it token by token, are cut alike and written together: a chunk each for
+every token block of a sample."""
 
 from __future__ import annotations
 
@@ -8,12 +9,13 @@ from typing import Any
 
 import numpy as np
 
+from .layout import STORAGE_DTYPES, KVGeometry
 from .shard import ShardLayout
 
 
 @dataclass(frozen=True)
 class Part:
-    """One of the arrays that hold KV: the shape of a chunk, which is one token block of one sample, and its axes."""
+    """One of these arrays: the shape of a chunk, which is one token block of one sample, and its axes."""
 
     chunk: tuple[int, ...]
     dtype: np.dtype[Any]
@@ -43,8 +45,16 @@ class Part:
 
 
 KV_POSITION = "kv_position"
+QUERIES = "queries"
 
 
 def positions_part(block: int) -> Part:
     """`kv_position`: where in its sample every kept token was, -1 past the last."""
     return Part((1, block), np.dtype("<i4"), ("sample", "token"), fill=-1)
+
+
+def queries_part(geometry: KVGeometry, block: int) -> Part:
+    """`queries`: those of the tokens whose KV is kept, the model's own numbers whatever the codec."""
+    chunk = (geometry.num_layers, 1, geometry.num_query_heads, block, geometry.head_dim)
+    dtype = np.dtype(STORAGE_DTYPES[geometry.dtype]).newbyteorder("<")
+    return Part(chunk, dtype, ("layer", "sample", "head", "token", "channel"))

@@ -95,7 +95,7 @@ class ShardFile:
         self._missing = set(range(len(self.lengths)))
         self._excluded: set[int] = set()
         self._first = np.cumsum([0] + [grid.blocks_of(length) for length in self.lengths]).tolist()
-        self._checksums = np.full((grid.samples, grid.blocks), NO_CHUNK, dtype=np.int64)
+        self._checksums = np.full((grid.samples, len(layouts), grid.blocks), NO_CHUNK, dtype=np.int64)
         self._files: list[PartialFile] = []
         try:
             for path in paths:
@@ -120,16 +120,14 @@ class ShardFile:
 
         Raises ValueError for records of another number or size.
         """
-        checksums = self._checksums[row, : self.layouts[0].blocks_of(self.lengths[row])]
-        for layout, file, part in zip(self.layouts, self._files, records, strict=True):
-            expected = (len(checksums), layout.record_bytes)
+        blocks = self.layouts[0].blocks_of(self.lengths[row])
+        for layout, file, part, checksums in zip(self.layouts, self._files, records, self._checksums[row], strict=True):
+            expected = (blocks, layout.record_bytes)
             if part.shape != expected:
                 raise ValueError(f"records that do not fit the shard: expected {expected}, found {part.shape}")
             for blk, record in enumerate(part):
-                chunk = record[: layout.chunk_bytes]
-                own = crc32c(chunk)
-                record[layout.chunk_bytes :] = _le32(own)
-                checksums[blk] = own if file is self._files[0] else crc32c(chunk, int(checksums[blk]))
+                checksums[blk] = crc32c(record[: layout.chunk_bytes])
+                record[layout.chunk_bytes :] = _le32(int(checksums[blk]))
             file.write_at(part.reshape(-1).data, self._first[row] * layout.record_bytes)
         self._missing.discard(row)
 
@@ -139,8 +137,8 @@ class ShardFile:
         self._missing.discard(row)
 
     def finish(self) -> NDArray[np.int64]:
-        """Write the indices and put the files in place. Returns the checksums `[samples, blocks]` of its chunks, all
-        parts of a block as one; NO_CHUNK where there is none."""
+        """Write the indices and put the files in place. Returns the checksums `[samples, parts, blocks]` of its chunks;
+        NO_CHUNK where there is none."""
         present = [row not in self._excluded for row in range(len(self.lengths))]
         for layout, file in zip(self.layouts, self._files, strict=True):
             tail = layout.index(self.lengths, present).reshape(-1).view(np.uint8)
@@ -176,16 +174,11 @@ def sample_starts(index: NDArray[np.int64], layout: ShardLayout) -> list[int]:
     return np.where(whole.all(axis=1) & (offsets[:, 0] >= 0), offsets[:, 0], -1).tolist()
 
 
-def require_checksums(
-    records: Sequence[NDArray[np.uint8]], layouts: Sequence[ShardLayout], checksums: Sequence[int]
-) -> None:
-    """Raise ValueError where a sample's records `[blocks, record_bytes]`, one array a part, are not the bytes that were
+def require_checksums(records: NDArray[np.uint8], layout: ShardLayout, checksums: Sequence[int]) -> None:
+    """Raise ValueError where a sample's records `[blocks, record_bytes]` of one part are not the bytes that were
     written for this sample."""
-    for blk, expected in enumerate(checksums):
-        found = 0
-        for part, layout in zip(records, layouts, strict=True):
-            found = crc32c(part[blk, : layout.chunk_bytes], found)
-        if found != expected:
+    for blk, (record, expected) in enumerate(zip(records, checksums, strict=True)):
+        if crc32c(record[: layout.chunk_bytes]) != expected:
             raise ValueError(f"token block {blk} fails its checksum")
 
 

@@ -8,7 +8,8 @@ so that only the small form crosses the bus.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 
 import torch
 from jaxtyping import Bool, Int, Shaped, UInt8
@@ -35,12 +36,15 @@ class Staging:
         layouts: Mapping[str, ShardLayout],
         lengths: Int[Tensor, " B"],
         positions: Int[Tensor, "B T"] | None = None,
+        queries: Sequence[Shaped[Tensor, "B Hq T D"]] | None = None,
     ) -> tuple[Records, Bool[Tensor, " B"]]:
         """The records of a batch, and which samples are finite, all through their `lengths` tokens and in their scales.
-        Where tokens were evicted, `positions` are those of the rest.
+        Where tokens were evicted, `positions` are those of the rest; `queries` of every layer go beside the KV as they
+        are.
 
-        Past a sample's end its last token is repeated, so that it changes no scale; raw KV is zero there. From a GPU
-        the copies go on after the return, on the current stream. The records are valid until the next `fill`.
+        Past a sample's end its last token is repeated, so that it changes no scale; raw KV and queries are zero there.
+        From a GPU the copies go on after the return, on the current stream. The records are valid until the next
+        `fill`.
         """
         first = pairs[0][0]
         blocks = layouts["kv"].blocks_of(first.shape[2])
@@ -51,16 +55,17 @@ class Staging:
         # Laid out on the GPU, so that what crosses the bus is one contiguous copy a part.
         targets = [torch.empty_like(part, device=first.device) for part in records] if first.is_cuda else records
         rooms = [part[..., : layout.chunk_bytes] for part, layout in zip(targets, layouts.values(), strict=True)]
+        if queries is not None:
+            _lay_out_queries(queries, rooms.pop(), lengths.tolist())
         if positions is not None:
             _lay_out_positions(positions, rooms.pop())
-        finite = finite_samples(pairs, lengths)
+        finite = finite_samples(chain(*pairs, queries or []), lengths)
         if isinstance(codec, Scaled):
             finite &= self._encode(pairs, codec, rooms, layouts["kv"].block, lengths.tolist())
         else:
             chunks = rooms[0].view(first.dtype).unflatten(-1, _chunk_shape(pairs, layouts["kv"].block))
             _lay_out(pairs, chunks)
-            for chunk, past_end in _last_tokens(chunks, lengths.tolist()):
-                chunk[..., past_end:, :] = 0
+            _clear_past_end(chunks, lengths.tolist())
         if not first.is_cuda:
             return records, finite
         for part, target in zip(records, targets, strict=True):
@@ -99,10 +104,10 @@ class Staging:
         return buffer[:size].view(shape)
 
 
-def finite_samples(pairs: Pairs, lengths: Int[Tensor, " B"]) -> Bool[Tensor, " B"]:
-    """Which samples have no NaN and no infinity in their `lengths` tokens."""
+def finite_samples(tensors: Iterable[Shaped[Tensor, "B _ T D"]], lengths: Int[Tensor, " B"]) -> Bool[Tensor, " B"]:
+    """Which samples have no NaN and no infinity in their `lengths` tokens of any tensor."""
     # They survive every sum, and a sum reads its numbers only once.
-    sums = torch.stack([tensor.sum((1, 3), dtype=torch.float32) for pair in pairs for tensor in pair])
+    sums = torch.stack([tensor.sum((1, 3), dtype=torch.float32) for tensor in tensors])
     real = torch.arange(sums.shape[2], device=sums.device) < lengths.to(sums.device)[:, None]
     return (sums.isfinite() | ~real).all(2).all(0)
 
@@ -113,11 +118,26 @@ def _chunk_shape(pairs: Pairs, block: int) -> tuple[int, int, int, int, int]:
 
 
 def _last_tokens(
-    chunks: Shaped[Tensor, "B blocks L 2 H block D"], lengths: list[int]
-) -> list[tuple[Shaped[Tensor, "L 2 H block D"], int]]:
+    chunks: Shaped[Tensor, "B blocks *planes H block D"], lengths: list[int]
+) -> list[tuple[Shaped[Tensor, "*planes H block D"], int]]:
     """The last block of every sample that does not fill it, and the place in it after the sample's end."""
-    ends = [divmod(length, chunks.shape[5]) for length in lengths]
+    ends = [divmod(length, chunks.shape[-2]) for length in lengths]
     return [(chunks[row, blk], past_end) for row, (blk, past_end) in enumerate(ends) if past_end]
+
+
+def _clear_past_end(chunks: Shaped[Tensor, "B blocks *planes H block D"], lengths: list[int]) -> None:
+    for chunk, past_end in _last_tokens(chunks, lengths):
+        chunk[..., past_end:, :] = 0
+
+
+def _lay_out_queries(
+    queries: Sequence[Shaped[Tensor, "B Hq T D"]], room: UInt8[Tensor, "B blocks _"], lengths: list[int]
+) -> None:
+    _, heads, _, head_dim = queries[0].shape
+    chunks = room.view(queries[0].dtype).unflatten(-1, (len(queries), heads, -1, head_dim))
+    for layer, tensor in enumerate(queries):
+        _cut_into_blocks(tensor, chunks[:, :, layer])
+    _clear_past_end(chunks, lengths)
 
 
 def _lay_out_positions(positions: Int[Tensor, "B T"], room: UInt8[Tensor, "B blocks _"]) -> None:

@@ -19,7 +19,7 @@ from .integrity import require_files, require_seal, seal
 from .layout import LOGICAL_DTYPES, KVGeometry
 from .ledger import Ledger
 from .manifest import Manifest, require_schema
-from .part import Part
+from .part import QUERIES, Part
 from .side_arrays import open_array, read_array
 
 ATTRIBUTE = "kvpipe"
@@ -51,14 +51,16 @@ class KVStore:
         block, samples = kv.chunks[4], (kv.shards or kv.chunks)[2]
         if min(block, samples, *kv.shape) < 1 or max_length % block:
             raise ValueError(f"kv of {kv.shape} cannot be cut into {samples} samples of {block} tokens")
-        self.geometry = KVGeometry(num_layers, num_kv_heads, self.codec.head_dim(packed), self.dtype)
+        query_heads = open_array(group, QUERIES).shape[2] if self.manifest.queries else 0
+        self.geometry = KVGeometry(num_layers, num_kv_heads, self.codec.head_dim(packed), self.dtype, query_heads)
         self.shape = (*kv.shape[:5], self.geometry.head_dim)
         self.parts = self.codec.all_parts(self.geometry, block, evicts=self.evicts)
         blocks = max_length // block
         for name, part in self.parts.items():
             _require_part(open_array(group, name), part, self.num_samples, samples, blocks)
         ledger = open_array(group, "ledger")
-        if (ledger.shape, ledger.chunks, ledger.dtype) != Ledger.array(self.num_samples, samples, blocks):
+        grid = Ledger.array(self.num_samples, samples, blocks, len(self.parts))
+        if (ledger.shape, ledger.chunks, ledger.dtype) != grid:
             raise ValueError(f"the ledger of {ledger.shape} {ledger.dtype} is not one of {samples} samples a shard")
         self.layouts = {name: part.layout(block, samples, blocks) for name, part in self.parts.items()}
         self.layout = self.layouts["kv"]
@@ -162,6 +164,11 @@ class KVStore:
         return np.asarray(self.read_side_array("segment_ids", self.shape[2::2]), dtype=np.int8)
 
     @cached_property
+    def spans(self) -> NDArray[np.int32]:
+        """The half-open range of characters of every token `[B, T, 2]`."""
+        return np.asarray(self.read_side_array("spans", (*self.shape[2::2], 2)), dtype=np.int32)
+
+    @cached_property
     def records(self) -> list[dict[str, Any]]:
         """The samples as they were read: id, prompt, reasoning, answer."""
         text = np.asarray(self.read_side_array("text"), dtype=np.uint8).tobytes()
@@ -223,7 +230,7 @@ class KVStore:
 
     @cached_property
     def ledger(self) -> Ledger:
-        return Ledger(self.path / "ledger", self.layout, self.kv_length)
+        return Ledger(self.path / "ledger", self.layout, self.kv_length, len(self.parts))
 
     def finished_shards(self) -> set[int]:
         """Shards that are whole, by the ledger."""

@@ -29,6 +29,7 @@ def summarise(store: KVStore) -> dict[str, Any]:
         "bytes_on_disk": size,
         "bytes_per_token": size / tokens,
         "bytes_per_token_of_kv": store.geometry.bytes_per_token,
+        "bytes_per_token_of_queries": store.geometry.query_bytes_per_token,
         "extraction": store.extraction,
         "kvpipe_version": store.kvpipe_version,
         "manifest": store.manifest.to_dict(),
@@ -36,8 +37,8 @@ def summarise(store: KVStore) -> dict[str, Any]:
 
 
 def kept_as(store: KVStore) -> str:
-    """For people: the codec, and how much was kept where it is not all, of the layers and, by which segments and
-    policy, of the tokens."""
+    """For people: the codec, how much was kept where it is not all, of the layers and, by which segments and policy, of
+    the tokens, and whether there are queries."""
     manifest, said = store.manifest, [store.codec.name]
     if len(manifest.layers) < manifest.teacher.num_layers:
         said.append(f"{len(manifest.layers)} of {manifest.teacher.num_layers} layers")
@@ -45,4 +46,6 @@ def kept_as(store: KVStore) -> str:
         share = store.kv_length.sum() / store.length.sum()
         chosen = [*manifest.segments, *([manifest.eviction] if manifest.budget is not None else [])]
         said.append(f"{share:.0%} of the tokens ({', '.join(chosen)})")
+    if manifest.queries:
+        said.append("with queries")
     return ", ".join(said)

@@ -89,11 +89,13 @@ def _verify(store: KVStore, all_lengths: Sequence[int], shard: int) -> Damage | 
         with ExitStack() as stack:
             files = [stack.enter_context(path.open("rb", buffering=0)) for path in store.shard_paths(shard)]
             for file, layout in zip(files, layouts, strict=True):
-                _require_index(file, layout, lengths, checksums)
-            bad = _damaged_rows(files, layouts, lengths, checksums)
+                _require_index(file, layout, lengths, checksums[:, 0])
+            bad = set[int]()
+            for part, (file, layout) in enumerate(zip(files, layouts, strict=True)):
+                bad |= _damaged_rows(file, layout, lengths, checksums[:, part])
     except (ValueError, OSError) as error:
         return Damage(shard, everything, str(error))
-    return Damage(shard, tuple(everything[row] for row in bad), "chunks fail their checksums") if bad else None
+    return Damage(shard, tuple(everything[row] for row in sorted(bad)), "chunks fail their checksums") if bad else None
 
 
 def _require_index(file: FileIO, layout: ShardLayout, lengths: Sequence[int], checksums: NDArray[np.int64]) -> None:
@@ -107,37 +109,25 @@ def _require_index(file: FileIO, layout: ShardLayout, lengths: Sequence[int], ch
         raise ValueError("the index is not that of its samples")
 
 
-def _damaged_rows(
-    files: Sequence[FileIO], layouts: Sequence[ShardLayout], lengths: Sequence[int], checksums: NDArray[np.int64]
-) -> list[int]:
-    """Rows with a chunk that is not what the ledger recorded, or whose own checksum is not."""
-    grid = layouts[0]
-    rows = [row for row, length in enumerate(lengths) for _ in range(grid.blocks_of(length))]
-    expected = np.concatenate([checksums[row, : grid.blocks_of(length)] for row, length in enumerate(lengths)])
-    # Pieces into one buffer a part: fresh pages for a whole shard cost more than the checksums.
-    piece = max(1, PIECE_BYTES // sum(layout.record_bytes for layout in layouts))
-    buffers = [np.empty((piece, layout.record_bytes), np.uint8) for layout in layouts]
+def _damaged_rows(file: FileIO, layout: ShardLayout, lengths: Sequence[int], checksums: NDArray[np.int64]) -> set[int]:
+    """Rows with a chunk in this file that is not what the ledger recorded, or whose own checksum is not."""
+    rows = [row for row, length in enumerate(lengths) for _ in range(layout.blocks_of(length))]
+    expected = np.concatenate([checksums[row, : layout.blocks_of(length)] for row, length in enumerate(lengths)])
+    # Pieces into one buffer: fresh pages for a whole shard cost more than the checksums.
+    piece = max(1, PIECE_BYTES // layout.record_bytes)
+    buffer = np.empty((piece, layout.record_bytes), np.uint8)
     bad: set[int] = set()
-    for file in files:
-        file.seek(0)
+    file.seek(0)
     for start in range(0, len(rows), piece):
         wanted = expected[start : start + piece]
-        found, sound = np.zeros(len(wanted), np.int64), np.ones(len(wanted), bool)
-        for file, buffer in zip(files, buffers, strict=True):
-            records = buffer[: len(wanted)]
-            _read_exactly(file, records)
-            own = records[:, -CRC_BYTES:].copy().view("<u4")[:, 0]
-            alone = np.array([crc32c(record[:-CRC_BYTES]) for record in records])
-            sound &= own == alone
-            if file is files[0]:
-                found = alone
-            else:
-                both = zip(records, found.tolist(), strict=True)
-                found = np.array([crc32c(record[:-CRC_BYTES], before) for record, before in both])
+        records = buffer[: len(wanted)]
+        _read_exactly(file, records)
+        own = records[:, -CRC_BYTES:].copy().view("<u4")[:, 0]
+        found = np.array([crc32c(record[:-CRC_BYTES]) for record in records])
         # A sample that was left out has no chunks: what lies in its place means nothing.
-        damaged = ((found != wanted) | ~sound) & (wanted != NO_CHUNK)
+        damaged = ((found != wanted) | (found != own)) & (wanted != NO_CHUNK)
         bad |= {rows[start + int(i)] for i in np.flatnonzero(damaged)}
-    return sorted(bad)
+    return bad
 
 
 def _read_exactly(file: FileIO, into: NDArray[np.uint8]) -> None:

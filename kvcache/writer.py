@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Literal
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Int, Shaped
 from torch import Tensor
 
 from .errors import ModelError
@@ -110,26 +110,28 @@ class ShardWriter:
         pairs: Pairs,
         positions: Int[Tensor, "B T"] | None = None,
         finite: Bool[Tensor, " B"] | None = None,
+        queries: Sequence[Shaped[Tensor, "B Hq T D"]] | None = None,
     ) -> None:
         """Hand over one batch: places in the store, and per layer key and value, all of one shape `[B, H, T, D]`; where
-        tokens were evicted, also the `positions` of those that are left, and which samples were `finite` before.
+        tokens were evicted, also the `positions` of those that are left, and which samples were `finite` before; for a
+        store that keeps them, per layer the `queries` of the same tokens.
 
         `wait_seconds` counts the time the caller stood still, but for the copy out of the model's memory.
-        Raises ValueError for KV of another shape or dtype than the store's.
+        Raises ValueError for KV or queries of another shape or dtype than the store's.
         """
         if self._error is not None:
             raise self._error
-        self._check(indices, pairs)
+        self._check(indices, pairs, queries)
         start = time.perf_counter()
         staging = self._free.get()
         self.wait_seconds += time.perf_counter() - start
         lengths = torch.from_numpy(self._store.kv_length[list(indices)])
         whole = finite.cpu() if finite is not None else torch.ones(len(indices), dtype=torch.bool)
         if pairs[0][0].is_cuda:
-            job = partial(self._write, list(indices), whole, *self._copy_beside(pairs, lengths, positions, staging))
-            self._jobs.put(_Job(job, staging))
+            copied = self._copy_beside(pairs, lengths, positions, queries, staging)
+            self._jobs.put(_Job(partial(self._write, list(indices), whole, *copied), staging))
             return
-        records, kept_finite = staging.fill(pairs, self._store.codec, self._store.layouts, lengths, positions)
+        records, kept_finite = staging.fill(pairs, self._store.codec, self._store.layouts, lengths, positions, queries)
         start = time.perf_counter()
         self._add(
             indices, records, whole & kept_finite, lambda shard: self._jobs.put(_Job(partial(self._finish, shard)))
@@ -137,19 +139,27 @@ class ShardWriter:
         self.wait_seconds += time.perf_counter() - start
         self._free.put(staging)
 
-    def _check(self, indices: Sequence[int], pairs: Pairs) -> None:
+    def _check(self, indices: Sequence[int], pairs: Pairs, queries: Sequence[Tensor] | None) -> None:
         geometry = self._store.geometry
         longest = int(self._store.kv_length[list(indices)].max())
         batch, num_kv_heads, num_tokens, head_dim = pairs[0][0].shape
-        found = KVGeometry(len(pairs), num_kv_heads, head_dim, pairs[0][0].dtype)
-        if found != geometry or batch != len(indices) or num_tokens < longest:
+        dtype, query_heads = pairs[0][0].dtype, queries[0].shape[1] if queries else 0
+        found = KVGeometry(len(pairs), num_kv_heads, head_dim, dtype, query_heads)
+        beside = [(batch, query_heads, num_tokens, head_dim, dtype)] * len(pairs) if queries else []
+        alike = [(*tensor.shape, tensor.dtype) for tensor in queries or []] == beside
+        if found != geometry or not alike or batch != len(indices) or num_tokens < longest:
             raise ValueError(
                 f"KV that does not fit the store: expected {geometry} for {len(indices)} samples of up to {longest} "
                 f"tokens, found {found} for {batch} samples of {num_tokens}"
             )
 
     def _copy_beside(
-        self, pairs: Pairs, lengths: Tensor, positions: Tensor | None, staging: Staging
+        self,
+        pairs: Pairs,
+        lengths: Tensor,
+        positions: Tensor | None,
+        queries: Sequence[Tensor] | None,
+        staging: Staging,
     ) -> tuple[Records, Tensor, torch.cuda.Event]:
         """What `staging.fill` returns, and the event after which it holds: a side stream copies while the teacher
         computes on."""
@@ -157,9 +167,9 @@ class ShardWriter:
         self._stream = self._stream or torch.cuda.Stream(device)
         self._stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(self._stream):
-            for tensor in chain(*pairs, [positions] if positions is not None else []):
+            for tensor in chain(*pairs, queries or [], [positions] if positions is not None else []):
                 tensor.record_stream(self._stream)
-            records, finite = staging.fill(pairs, self._store.codec, self._store.layouts, lengths, positions)
+            records, finite = staging.fill(pairs, self._store.codec, self._store.layouts, lengths, positions, queries)
             copied = torch.cuda.Event()
             copied.record(self._stream)
         return records, finite, copied
@@ -211,9 +221,9 @@ class ShardWriter:
         """Raise ModelError where a sample that is not finite is to stop the extraction."""
         if self._on_nonfinite == "exclude":
             return
-        lossy = self._store.codec.lossy
+        lossy, queries = self._store.codec.lossy, " or queries" if self._store.manifest.queries else ""
         raise ModelError(
-            f"the teacher's KV of sample {self._store.records[index]['id']} is not finite",
+            f"the teacher's KV{queries} of sample {self._store.records[index]['id']} is not finite",
             expected="numbers",
             found="NaN or infinity" + (", or scales beyond float16" if lossy else ""),
             remedy=f"Choose a --dtype with more range{' or --codec raw' if lossy else ''}, "

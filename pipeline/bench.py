@@ -32,11 +32,12 @@ class Pass:
 
 @dataclass(frozen=True)
 class Bench:
-    """`plain` reads the files of the KV as they lie; `stream` is an epoch as a student reads it; `random` as many
-    batches from anywhere: the same bytes, tokens and batches. `first_batch_seconds` is from opening the store to the
-    first batch of an epoch."""
+    """`plain` reads the files of the KV, and of the `queries` if there are any, as they lie; `stream` is an epoch as a
+    student reads it who needs both; `random` as many batches from anywhere: the same bytes, tokens and batches.
+    `first_batch_seconds` is from opening the store to the first batch of an epoch."""
 
     num_bytes: int
+    queries: bool
     tokens: int
     batches: int
     first_batch_seconds: float
@@ -56,7 +57,7 @@ def bench(path: Path, batch_size: int, progress: Progress | None = None) -> Benc
     samples = np.setdiff1d(np.arange(store.num_samples), store.excluded)
     require_learnable(store, "readable", samples)
     order = ShuffledBatches(samples, store.length, batch_size, 0, store.layout.samples)
-    reader.read(next(iter(order)))
+    _read(reader, [next(iter(order))])
     first_batch = time.perf_counter() - start
     drawn = np.random.default_rng(0).permutation(samples)
     anywhere = [drawn[i : i + batch_size].tolist() for i in range(0, len(drawn), batch_size)]
@@ -65,7 +66,8 @@ def bench(path: Path, batch_size: int, progress: Progress | None = None) -> Benc
         task = bar.add_task("bench", total=len(works) * (PASSES + 1), status="")
         plain, stream, random = (_timed(work, lambda: bar.advance(task)) for work in works)
     num_bytes = sum(path.stat().st_size for path in _files(store))
-    return Bench(num_bytes, int(store.kv_length[samples].sum()), len(anywhere), first_batch, plain, stream, random)
+    tokens = int(store.kv_length[samples].sum())
+    return Bench(num_bytes, store.manifest.queries, tokens, len(anywhere), first_batch, plain, stream, random)
 
 
 def _timed(work: Callable[[], None], done: Callable[[], None]) -> Pass:
@@ -85,6 +87,8 @@ def _seconds(work: Callable[[], None]) -> float:
 def _read(reader: KVReader, batches: Iterable[Sequence[int]]) -> None:
     for batch in batches:
         reader.read(batch)
+        if reader.store.manifest.queries:
+            reader.read_queries(batch)
 
 
 def _files(store: KVStore) -> list[Path]:

@@ -6,14 +6,16 @@ from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.sample import Segment
-from ..kvcache.errors import ConfigError, StoreError
+from ..kvcache.align.layer_map import LayerMap
+from ..kvcache.errors import ConfigError, ModelError, StoreError
 from ..kvcache.manifest import hash_tokenizer
 from ..kvcache.store import KVStore
 from .config import DistillConfig
-from .models import load_tokenizer, starts_random
+from .models import load_tokenizer, starts_random, tokenizer_from_files
+from .student_text import StudentText, own_tokens, teachers_tokens
 
 
 def train_indices(store: KVStore, config: DistillConfig) -> NDArray[np.int64]:
@@ -48,48 +50,68 @@ def require_learnable(store: KVStore, split: str, indices: Sequence[int] | NDArr
         )
 
 
-def require_same_tokenizer(config: DistillConfig, student: PreTrainedModel, num_tokens: int, store: KVStore) -> None:
-    """A student must read the very tokens that the teacher read: else StoreError. One that starts at random
-    learns them anew."""
+def student_text(
+    config: DistillConfig, store: KVStore, student: PreTrainedModel
+) -> tuple[StudentText, PreTrainedTokenizerBase]:
+    """How the student reads the store's samples, and the tokenizer that it goes on with: the teacher's, where it starts
+    at random or has the same one; else its own. Raises ModelError where its vocabulary is smaller than its tokenizer's.
+    """
     if starts_random(config.student, config.random_init):
-        return
-    remedy = "Choose a student with the teacher's tokenizer, or start it afresh with --random-init"
-    own = hash_tokenizer(load_tokenizer(config.student, option="--student"))
-    if own != store.manifest.tokenizer_hash:
-        raise StoreError(
-            f"{store.path} was extracted with another tokenizer than the student's",
-            expected=own[:16],
-            found=store.manifest.tokenizer_hash[:16],
-            remedy=remedy,
+        return teachers_tokens(store), tokenizer_from_files(store.tokenizer_files())
+    tokenizer = load_tokenizer(config.student, option="--student")
+    if (vocabulary := student.get_input_embeddings().num_embeddings) < len(tokenizer):
+        raise ModelError(
+            "the student's vocabulary is smaller than its tokenizer's",
+            expected=f"at least {len(tokenizer)}",
+            found=vocabulary,
+            remedy="Put the model's own tokenizer beside it, or start it afresh with --random-init",
         )
-    if (vocabulary := student.get_input_embeddings().num_embeddings) < num_tokens:
-        raise StoreError(
-            "the student's vocabulary is too small", expected=f"at least {num_tokens}", found=vocabulary, remedy=remedy
-        )
+    same = hash_tokenizer(tokenizer) == store.manifest.tokenizer_hash
+    return (teachers_tokens(store) if same else own_tokens(store, tokenizer)), tokenizer
 
 
-def stored_layers(store: KVStore, layer_map: Sequence[int]) -> tuple[int, ...]:
-    """Where in a store the teacher's layers of a map are. Raises StoreError naming those that it does not keep."""
-    kept = store.manifest.layers
-    if missing := sorted(set(layer_map) - set(kept)):
+def require_layers(store: KVStore, layer_map: LayerMap) -> LayerMap:
+    """A map over all the teacher's layers as one over those that a store keeps. Raises StoreError naming those that it
+    does not."""
+    kept, used = store.manifest.layers, layer_map.used
+    if missing := sorted(set(used) - set(kept)):
         raise StoreError(
             f"{store.path} lacks layers that the student learns from",
-            expected=", ".join(map(str, sorted(set(layer_map)))),
+            expected=", ".join(map(str, used)),
             found=", ".join(map(str, kept)),
-            remedy=f"Extract again with --layers ratio:{len(layer_map)}, or all, into a new place (missing: "
-            f"{', '.join(map(str, missing))})",
+            remedy=f"Extract again with --layers ratio:{layer_map.num_student_layers}, or all, into a new place "
+            f"(missing: {', '.join(map(str, missing))})",
         )
-    return tuple(kept.index(layer) for layer in layer_map)
+    return layer_map.restrict(kept)
 
 
-def require_positions(student: PreTrainedModel, store: KVStore) -> None:
+def require_positions(student: PreTrainedModel, store: KVStore, text: StudentText) -> None:
     """Raise StoreError for samples longer than the student can read."""
     limit = getattr(student.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    longest = int(store.length.max())
+    longest = int(text.length.max())
     if limit is not None and longest > limit:
         raise StoreError(
             f"the student cannot read the longest sample of {store.path}",
             expected=f"at most {limit} tokens",
             found=longest,
             remedy="Choose a student with more positions, or extract with fewer --max-tokens",
+        )
+
+
+def require_queries(store: KVStore, kv_loss: str, time_map: str) -> None:
+    """Raise StoreError for a loss that needs the teacher's queries where they are not stored, ConfigError where the
+    student's tokens have none."""
+    if not store.manifest.queries:
+        raise StoreError(
+            f"--kv-loss {kv_loss} compares attention, and {store.path} has no queries",
+            expected="a store with queries",
+            found="keys and values only",
+            remedy="Extract again with --queries, or choose another --kv-loss",
+        )
+    if time_map != "identity":
+        raise ConfigError(
+            f"--kv-loss {kv_loss} compares attention token by token",
+            expected="a student with the teacher's tokenizer",
+            found=f"--time-map {time_map}",
+            remedy="Choose another --kv-loss",
         )

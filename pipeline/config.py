@@ -7,10 +7,19 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args, get_type_hints
 
+from ..data.errors import DataError
+from ..data.sample import select_segments
 from ..kvcache.align.aligner import Direction
+from ..kvcache.align.closed_form import ClosedForm
+from ..kvcache.align.head_projection import Start
+from ..kvcache.align.layer_map import layer_map_text
+from ..kvcache.align.parameter_match import Match
+from ..kvcache.align.teacher_view import KeySpace
 from ..kvcache.errors import ConfigError
+from .loss_terms import needs_aligner, parse_kv_loss
 
-DistillMode = Literal["structured", "flat", "none"]
+DistillMode = Literal["structured", "flat", "flat-global", "bottleneck", "identity", "none"]
+TimeMapping = Literal["auto", "identity", "span-last", "span-mean", "segment"]
 OnCollapse = Literal["stop", "warn"]
 
 MAX_SEED = 2**32
@@ -24,10 +33,18 @@ class DistillConfig:
     mode: DistillMode = "structured"
     student: str = "tiny"
     random_init: bool = False
+    layer_map: str = "ratio"
+    time_map: TimeMapping = "auto"
+    key_space: KeySpace = "post-rope"
     direction: Direction = "student-to-teacher"
     share_dim_proj: bool = True
-    init_uniform: bool = False
+    share_layers: bool = False
+    match_params: Match = "none"
+    start: Start = "random"
+    closed_form: ClosedForm = "ridge"
     shuffle_kv: bool = False
+    kv_loss: str = "mse"
+    kv_segments: str = "all"
     kv_weight: float = 1.0
     learning_rate: float = 1e-3
     aligner_learning_rate: float | None = None
@@ -65,8 +82,29 @@ class DistillConfig:
             raise _refuse("eval_split", "a held-out split", "train")
         if not 0 <= self.seed < MAX_SEED:
             raise _refuse("seed", "0 or more, and less than 2**32", self.seed)
+        self._require_recipe()
+
+    def _require_recipe(self) -> None:
+        """Raise ConfigError for alignment options that do not go together."""
         if self.mode == "none" and self.shuffle_kv:
             raise _refuse("shuffle_kv", "a mode that uses KV", "mode none")
+        try:
+            select_segments(self.kv_segments)
+        except DataError as error:
+            raise _refuse("kv_segments", "all, or some of prompt, reasoning, answer", self.kv_segments) from error
+        if self.mode not in ("none", "identity") and not needs_aligner(parse_kv_loss(self.kv_loss)):
+            raise _refuse("mode", f"identity with --kv-loss {self.kv_loss}, which projects nothing", self.mode)
+        if self.mode == "identity" and self.direction != "student-to-teacher":
+            raise _refuse("direction", "student-to-teacher with mode identity, which maps nothing", self.direction)
+        if self.share_layers and self.mode != "structured":
+            raise _refuse("share_layers", "mode structured (flat-global is flat, shared by all layers)", self.mode)
+        if self.start == "uniform" and self.mode != "structured":
+            raise _refuse("start", "mode structured with uniform, the mean of the heads", self.mode)
+        fitted = self.start == "closed-form" or self.direction == "teacher-to-student-frozen"
+        if fitted and self.mode in ("bottleneck", "identity"):
+            raise _refuse("mode", "structured, flat or flat-global, which have a closed form", self.mode)
+        if self.start == "closed-form" and self.closed_form == "pca" and self.direction == "student-to-teacher":
+            raise _refuse("closed_form", "ridge or procrustes: pca knows the teacher alone", self.closed_form)
 
     @property
     def aligner_lr(self) -> float:
@@ -101,6 +139,9 @@ class DistillConfig:
         """A config from TOML or JSON. Raises ConfigError naming `where` and the field that is wrong."""
         options = parse_fields(document, get_type_hints(cls), where)
         try:
+            if "layer_map" in options:
+                # A run is what its config says: it must not change with a file.
+                options["layer_map"] = layer_map_text(options["layer_map"])
             return cls(**options)
         except ConfigError as error:
             error.args = (f"{where}: {error}",)

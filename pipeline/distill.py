@@ -5,28 +5,24 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from rich.progress import Progress
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
+from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from ..data.batching import ShuffledBatches
-from ..kvcache.align.aligner import Aligner, AlignerConfig
-from ..kvcache.align.head_projection import KVSpace
-from ..kvcache.align.layer_map import ratio_map
+from ..kvcache.align.layer_map import write_layer_map
 from ..kvcache.errors import DivergenceError, StoreError
 from ..kvcache.files import write_atomic
 from ..kvcache.lock import only_writer
 from ..kvcache.manifest import hash_json, hash_weights
 from ..kvcache.store import KVStore
+from .alignment import build_distiller, kv_dataset
 from .callbacks import MetricsFile, TrainingProgress
-from .compatibility import require_learnable, require_positions, require_same_tokenizer, stored_layers, train_indices
+from .compatibility import require_learnable, require_positions, student_text, train_indices
 from .config import DistillConfig
 from .distiller import KVDistiller
 from .evaluate import evaluate_answers, evaluate_tokens
@@ -37,7 +33,7 @@ from .run_checkpoints import SealedCheckpoints, last_checkpoint
 from .run_directory import RunDirectory, run_identity
 from .run_record import costs, description, store_read
 from .trainer import DistillTrainer
-from .training_data import KVDataset, teacher_moments
+from .training_data import KVDataset
 
 
 def find_store(store: Path | None) -> Path:
@@ -93,7 +89,7 @@ def distill(
             trainer.run(checkpoint)
         train_done = time.perf_counter()
         metrics = _final_metrics(parts, store, config, run, trainer.state.global_step)
-        _save(parts, run)
+        _save(parts, store, run)
         record = {
             "name": run_dir.name,
             "store": store_read(store),
@@ -114,37 +110,33 @@ class _Parts:
     tokenizer: PreTrainedTokenizerBase
     data: KVDataset
     batches: ShuffledBatches
+    eval_data: KVDataset
     held_out: list[int]
-    evaluate: Callable[[KVDistiller], tuple[dict[str, float], list[float]]]
     pairing: dict[str, str]
+
+    def evaluate(self, distiller: KVDistiller) -> tuple[dict[str, float], list[float]]:
+        return evaluate_tokens(distiller, self.eval_data, self.held_out)
 
 
 def _build(config: DistillConfig, store: KVStore) -> _Parts:
-    tokenizer = tokenizer_from_files(store.tokenizer_files())
-    student = load_student(config.student, tokenizer, random_init=config.random_init, seed=config.seed)
-    require_same_tokenizer(config, student, len(tokenizer), store)
-    require_positions(student, store)
+    teachers_tokenizer = tokenizer_from_files(store.tokenizer_files())
+    student = load_student(config.student, teachers_tokenizer, random_init=config.random_init, seed=config.seed)
+    text, tokenizer = student_text(config, store, student)
+    require_positions(student, store, text)
     train, held_out = train_indices(store, config), store.indices(config.eval_split).tolist()
     for split, indices in (("train", train), (config.eval_split, held_out)):
         require_learnable(store, split, indices)
-    batches = ShuffledBatches(train, store.length, config.batch_size, config.seed, store.layout.samples)
+    batches = ShuffledBatches(train, text.length, config.batch_size, config.seed, store.layout.samples)
     # What two runs must share to be compared as a pair.
     pairing = {
         "student_init": hash_weights(student.state_dict().items())[:16],
         "data_order": hash_json(list(batches))[:16],
         "eval_samples": hash_json(held_out)[:16],
     }
-    num_layers = student.config.get_text_config(decoder=True).num_hidden_layers
-    layer_map = stored_layers(store, ratio_map(num_layers, store.manifest.teacher.num_layers))
-    distiller = KVDistiller(student, _build_aligner(config, store, student, layer_map, train), config.kv_weight)
-    eval_data = KVDataset(store, with_kv=True)
-
-    def evaluate(module: KVDistiller) -> tuple[dict[str, float], list[float]]:
-        return evaluate_tokens(module, eval_data, held_out, layer_map)
-
-    shuffle_seed = config.seed if config.shuffle_kv else None
-    data = KVDataset(store, with_kv=config.mode != "none", shuffle_seed=shuffle_seed)
-    return _Parts(distiller, tokenizer, data, batches, held_out, evaluate, pairing)
+    distiller = build_distiller(config, store, student, text, train.tolist())
+    compared = kv_dataset(config, store, text, shuffled=True)
+    data = compared if config.mode != "none" else KVDataset(store, text, with_kv=False)
+    return _Parts(distiller, tokenizer, data, batches, kv_dataset(config, store, text), held_out, pairing)
 
 
 def _trainer(
@@ -161,35 +153,6 @@ def _trainer(
     trainer.add_callback(MetricsFile(run.metrics))
     trainer.add_callback(SealedCheckpoints(identity))
     return trainer
-
-
-def _build_aligner(
-    config: DistillConfig,
-    store: KVStore,
-    student: PreTrainedModel,
-    layer_map: tuple[int, ...],
-    train: NDArray[np.int64],
-) -> Aligner | None:
-    """Dimensions come from the store and from one forward of the student, never from flags."""
-    if config.mode == "none":
-        return None
-    batch = KVDataset(store, with_kv=False).__getitems__([int(train[0])])
-    with torch.no_grad():
-        _, kv = KVDistiller(student, None).student_forward(batch["input_ids"], batch["attention_mask"])
-    set_seed(config.seed)
-    aligner = Aligner(
-        AlignerConfig(
-            mode=config.mode,
-            direction=config.direction,
-            layer_map=layer_map,
-            student=KVSpace(kv.shape[3], kv.shape[5]),
-            teacher=KVSpace(store.geometry.num_kv_heads, store.geometry.head_dim),
-            share_dim_proj=config.share_dim_proj,
-            init_uniform=config.init_uniform,
-        )
-    )
-    aligner.set_normalisation(*teacher_moments(store, train.tolist()))
-    return aligner
 
 
 def _arguments(
@@ -234,19 +197,21 @@ def _final_metrics(
     if not math.isfinite(tokens["ce"]):
         raise DivergenceError(steps)
     student = parts.distiller.student
-    answers = evaluate_answers(student, parts.tokenizer, store, parts.held_out, config.max_new_tokens)
+    text = parts.eval_data.text
+    answers = evaluate_answers(student, parts.tokenizer, store, text, parts.held_out, config.max_new_tokens)
     lines = []
     for index, ce in zip(parts.held_out, sample_ce, strict=True):
-        text, exact = answers.get(index, (None, None))
-        line = {"id": store.records[index]["id"], "ce": ce, "generated": text, "exact": exact}
+        generated, exact = answers.get(index, (None, None))
+        line = {"id": store.records[index]["id"], "ce": ce, "generated": generated, "exact": exact}
         lines.append(f"{json.dumps(line)}\n")
     write_atomic(run.predictions, "".join(lines).encode())
     exact_match = sum(exact for _, exact in answers.values()) / len(answers) if answers else None
     return {**tokens, "exact_match": exact_match}
 
 
-def _save(parts: _Parts, run: RunDirectory) -> None:
-    """The student as `from_pretrained` reads it, with its tokenizer, and the aligner beside it."""
+def _save(parts: _Parts, store: KVStore, run: RunDirectory) -> None:
+    """The student as `from_pretrained` reads it, with its tokenizer; beside it the aligner, and which of the store's
+    layers it learned from."""
     student, tokenizer, aligner = parts.distiller.student, parts.tokenizer, parts.distiller.aligner
     student.generation_config.eos_token_id = tokenizer.eos_token_id
     student.generation_config.pad_token_id = tokenizer.pad_token_id
@@ -256,3 +221,5 @@ def _save(parts: _Parts, run: RunDirectory) -> None:
     tokenizer.save_pretrained(run.student)
     if aligner is not None:
         aligner.save(run.path)
+    manifest, layers = store.manifest, parts.distiller.view.layer_map
+    write_layer_map(layers.expand(manifest.layers, manifest.teacher.num_layers), run.layer_map)

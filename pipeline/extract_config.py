@@ -32,6 +32,7 @@ class ExtractConfig:
     segments: str = "all"
     evict: str = "none"
     budget: float | None = None
+    queries: bool = False
 
     def flags(self) -> list[str]:
         """The options of `kvpipe extract` that give this config; defaults are left out."""

@@ -31,6 +31,11 @@ def kv_mse(
 
     With targets normalised to unit variance, 1 is what predicting the mean would score.
     """
-    layers, kinds, _, heads, _, channels = prediction.shape
-    squared = (prediction - target).square() * mask[None, None, :, None, :, None]
-    return squared.sum() / (mask.sum() * layers * kinds * heads * channels)
+    return mean_over_tokens((prediction - target).square(), mask)
+
+
+def mean_over_tokens(errors: Float[Tensor, "L K B H T D"], mask: Int[Tensor, "B T"]) -> Float[Tensor, ""]:
+    """The mean of errors over the real tokens of a batch, and over all their layers, kinds, heads and channels."""
+    layers, kinds, _, heads, _, channels = errors.shape
+    real = errors * mask[None, None, :, None, :, None]
+    return real.sum() / (mask.sum() * layers * kinds * heads * channels).clamp_min(1)

@@ -32,12 +32,14 @@ READ_BATCH = 16
 
 @dataclass(frozen=True)
 class Plan:
-    """Sizes in bytes; speeds in tokens a second, of the teacher alone, of the extraction and of reading the store."""
+    """Sizes in bytes, `query_bytes` a part of `store_bytes`; speeds in tokens a second, of the teacher alone, of the
+    extraction and of reading the store."""
 
     samples: int
     tokens: int
     truncated: int
     store_bytes: int
+    query_bytes: int
     raw_bytes: int
     free_bytes: int
     forward_rate: float
@@ -64,11 +66,14 @@ def make_plan(config: ExtractConfig, progress: Progress | None = None) -> Plan:
     with progress or progress_bar() as bar, tempfile.TemporaryDirectory(dir=folder, prefix=".kvpipe-plan-") as scratch:
         part = replace(config, store=Path(scratch) / "part.zarr")
         forward, extract, read = _rates(part, prepared.first(MEASURED_TOKENS), bar)
+    without = replace(prepared.geometry, num_query_heads=0)
+    store_bytes = table.stored_bytes(prepared.geometry, config.codec)
     return Plan(
         samples=len(table.length),
         tokens=int(table.length.sum()),
         truncated=prepared.truncated,
-        store_bytes=table.stored_bytes(prepared.geometry, config.codec),
+        store_bytes=store_bytes,
+        query_bytes=store_bytes - table.stored_bytes(without, config.codec),
         raw_bytes=stored_bytes(table.length, prepared.every_layer, "raw"),
         free_bytes=shutil.disk_usage(folder).free,
         forward_rate=forward,
@@ -107,10 +112,13 @@ def _forward_seconds(store: KVStore, prepared: Prepared, batch_size: int | None)
 
 
 def _read_seconds(reader: KVReader) -> float:
-    """All samples that have KV, in batches, as a student reads them."""
+    """All samples that have KV, in batches, as a student reads them who needs all that is there."""
     store = reader.store
     samples = np.setdiff1d(np.arange(store.num_samples), store.excluded)
     start = time.perf_counter()
     for first in range(0, len(samples), READ_BATCH):
-        reader.read(samples[first : first + READ_BATCH].tolist())
+        batch = samples[first : first + READ_BATCH].tolist()
+        reader.read(batch)
+        if store.manifest.queries:
+            reader.read_queries(batch)
     return time.perf_counter() - start

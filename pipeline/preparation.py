@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -14,11 +15,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..data.corpus import Corpus, load_corpus
 from ..data.sample import Segment, select_segments
 from ..data.tokenize import TokenizedSample, tokenize
-from ..kvcache.align.layer_map import select_layers
 from ..kvcache.codec import require_codec
 from ..kvcache.create import TOKEN_BLOCK, SampleTable
 from ..kvcache.errors import ConfigError, ModelError
 from ..kvcache.evict import NONE, kept_lengths, require_eviction, require_reachable
+from ..kvcache.layers import select_layers
 from ..kvcache.layout import KVGeometry, dtype_name
 from ..kvcache.manifest import (
     SCHEMA_VERSION,
@@ -29,11 +30,12 @@ from ..kvcache.manifest import (
     hash_samples,
     hash_tokenizer,
     hash_weights,
-    rope_parameters,
 )
+from ..kvcache.queries import recorded_queries
+from ..kvcache.rope import rope_parameters
 from .extract_config import ExtractConfig
 from .models import builtin_teachers, load_teacher, load_tokenizer, resolve_device, resolve_dtype
-from .teacher_pass import capture_kv, eligible_tokens
+from .teacher_pass import capture_kv, eligible_tokens, needs_queries
 
 DEFAULT_MAX_TOKENS = 1024
 
@@ -41,7 +43,7 @@ DEFAULT_MAX_TOKENS = 1024
 @dataclass(frozen=True)
 class Prepared:
     """`tokens` are the samples of all splits of `corpus`, in order. `every_layer` is the geometry of the KV of all the
-    teacher's layers, `geometry` that of those that are kept."""
+    teacher's layers, `geometry` that of those that are kept, with the queries that are kept."""
 
     corpus: Corpus
     tokenizer: PreTrainedTokenizerBase
@@ -49,10 +51,12 @@ class Prepared:
     tokens: list[TokenizedSample]
     manifest: Manifest
     every_layer: KVGeometry
+    num_query_heads: int
 
     @property
     def geometry(self) -> KVGeometry:
-        return replace(self.every_layer, num_layers=len(self.manifest.layers))
+        query_heads = self.num_query_heads if self.manifest.queries else 0
+        return replace(self.every_layer, num_layers=len(self.manifest.layers), num_query_heads=query_heads)
 
     def first(self, max_tokens: int) -> Prepared:
         """A part of it: of every split samples in turn, at least one, up to about `max_tokens` in all."""
@@ -92,7 +96,7 @@ def prepare(config: ExtractConfig) -> Prepared:
     manifest = _manifest(config, teacher, tokenizer, corpus, max_tokens)
     longest = max(int(eligible_tokens(t.segment_ids, manifest.segments).sum()) for t in tokens)
     require_reachable(config.budget, longest)
-    return Prepared(corpus, tokenizer, teacher, tokens, manifest, _probe(teacher, tokens[0]))
+    return Prepared(corpus, tokenizer, teacher, tokens, manifest, *_probe(teacher, tokens[0], manifest))
 
 
 def sample_table(prepared: Prepared) -> SampleTable:
@@ -155,7 +159,7 @@ def _manifest(
     max_tokens: int,
 ) -> Manifest:
     samples = [{"split": split, **asdict(s)} for split, members in corpus.splits.items() for s in members]
-    rope = rope_parameters(teacher.config)
+    rope = rope_parameters(teacher)
     num_layers = teacher.config.get_text_config(decoder=True).num_hidden_layers
     return Manifest(
         schema_version=SCHEMA_VERSION,
@@ -174,6 +178,7 @@ def _manifest(
         segments=select_segments(config.segments),
         eviction=config.evict,
         budget=config.budget,
+        queries=config.queries,
         key_position="post-rope" if rope else "none",
         rope=rope,
         max_tokens=max_tokens,
@@ -182,9 +187,12 @@ def _manifest(
 
 
 @torch.inference_mode()
-def _probe(teacher: PreTrainedModel, sample: TokenizedSample) -> KVGeometry:
-    """Heads, channels and dtype of the KV as they are, not as the config says: head_dim is often its own."""
+def _probe(teacher: PreTrainedModel, sample: TokenizedSample, manifest: Manifest) -> tuple[KVGeometry, int]:
+    """Heads, channels and dtype of the KV as they are, not as the config says: head_dim is often its own. And the heads
+    of the queries, if any are needed; raises ModelError where they cannot be seen."""
     ids = torch.from_numpy(sample.input_ids[:2].astype(np.int64))[None].to(teacher.device)
-    pairs = capture_kv(teacher, ids, torch.ones_like(ids))
+    with recorded_queries(teacher, layers=manifest.layers) if needs_queries(manifest) else nullcontext() as queries:
+        pairs = capture_kv(teacher, ids, torch.ones_like(ids))
     _, num_kv_heads, _, head_dim = pairs[0][0].shape
-    return KVGeometry(len(pairs), num_kv_heads, head_dim, pairs[0][0].dtype)
+    query_heads = max((query.shape[1] for query in (queries or {}).values()), default=0)
+    return KVGeometry(len(pairs), num_kv_heads, head_dim, pairs[0][0].dtype), query_heads

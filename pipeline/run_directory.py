@@ -35,6 +35,7 @@ class RunDirectory:
         self.metrics = path / "metrics.jsonl"
         self.predictions = path / "predictions.jsonl"
         self.student = path / "student"
+        self.layer_map = path / "layer_map.json"
         self.checkpoints = path / "checkpoints"
 
     def read_record(self) -> dict[str, Any] | None:
@@ -108,7 +109,13 @@ class RunDirectory:
 
     def finish(self, record: dict[str, Any]) -> dict[str, Any]:
         """Write `run.json`, with the checksums of all that the run left but its checkpoints: it is done."""
-        outputs = [self.metrics, self.predictions, *self.path.glob("aligner.*"), *self.student.rglob("*")]
+        outputs = [
+            self.metrics,
+            self.predictions,
+            self.layer_map,
+            *self.path.glob("aligner.*"),
+            *self.student.rglob("*"),
+        ]
         files = file_checksums(self.path, filter(Path.is_file, outputs), flush=True)
         sealed = seal({**record, "files": files})
         write_atomic(self.path / "run.json", _pretty(sealed))

@@ -26,6 +26,8 @@ def description(
         "steps": trainer.state.global_step,
         "parameters": {"student": _trainable(distiller.student), "aligner": _trainable(distiller.aligner)},
         "collapsed": trainer.monitor.collapsed,
+        "kv_gradient_share": trainer.monitor.gradient_share,
+        "absorbed": trainer.monitor.absorbed,
         "peak_memory_bytes": _peak_memory(device),
         "teacher_forwards": teacher_forwards(),
         "device": str(device),

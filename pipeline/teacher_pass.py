@@ -20,6 +20,7 @@ from ..data.sample import Segment
 from ..kvcache.capture import CaptureCache
 from ..kvcache.evict import Observed, choose_tokens, require_policy
 from ..kvcache.layout import Pairs, layer_pairs, take_tokens
+from ..kvcache.manifest import Manifest
 from ..kvcache.queries import recorded_queries
 from ..kvcache.staging import finite_samples
 from ..kvcache.store import KVStore
@@ -60,30 +61,51 @@ def eligible_tokens(segment_ids: NDArray[np.int8], segments: Sequence[str]) -> N
     return np.isin(segment_ids, [Segment[name.upper()] for name in segments])
 
 
-def read_samples(
-    store: KVStore, teacher: PreTrainedModel, batch: list[int]
-) -> tuple[Pairs, Tensor | None, Tensor | None]:
-    """Key and value `[B, H, T, D]` of the layers and tokens that a store keeps, from the teacher's forward over some
-    samples; and, where tokens are evicted, the positions `[B, T]` of the rest and which samples were finite `[B]`."""
+Captured = tuple[Pairs, Tensor | None, Tensor | None, list[Tensor] | None]
+"""What `ShardWriter.put` takes of a batch: key and value `[B, H, T, D]` of the layers and tokens that a store keeps;
+where tokens are evicted, the positions `[B, T]` of the rest and which samples were finite `[B]`; and for a store that
+keeps queries those of the same layers and tokens, `[B, Hq, T, D]`."""
+
+
+def read_samples(store: KVStore, teacher: PreTrainedModel, batch: list[int]) -> Captured:
+    """What a store keeps of some samples, from the teacher's forward over them."""
     length = torch.from_numpy(store.length[batch])
+    policy = require_policy(store.manifest.eviction)
+    window = length[:, None] - policy.window + torch.arange(policy.window)
+    pairs, queries = _forward(store, teacher, batch, window)
+    beside = queries if store.manifest.queries else None
+    if not store.evicts:
+        return pairs, None, None, beside
+    seen = queries if beside is None else [take_tokens(query, window.to(query.device)) for query in beside]
+    scores = policy.scores(Observed(batch, length, pairs, store.manifest.seed, seen, window))
+    segment_ids = store.segment_ids[batch, : int(length.max())]
+    eligible = torch.from_numpy(eligible_tokens(segment_ids, store.manifest.segments))
+    counts = torch.from_numpy(store.kv_length[batch])
+    positions = choose_tokens(scores, eligible.to(scores.device), counts).to(teacher.device)
+    finite = finite_samples(chain(*pairs, beside or []), length)
+    kept = [(take_tokens(key, positions), take_tokens(value, positions)) for key, value in pairs]
+    return kept, positions, finite, beside and [take_tokens(query, positions) for query in beside]
+
+
+def _forward(
+    store: KVStore, teacher: PreTrainedModel, batch: list[int], window: Tensor
+) -> tuple[Pairs, list[Tensor] | None]:
+    """Of the layers that a store keeps, key and value of all tokens; and the queries, of all tokens where the store
+    keeps them, or at the places `window` that its policy looks at, if any."""
+    length, layers = torch.from_numpy(store.length[batch]), store.manifest.layers
     width = int(length.max())
     ids = torch.from_numpy(store.input_ids[batch, :width].astype(np.int64)).to(teacher.device)
     mask = (torch.arange(width)[None] < length[:, None]).long().to(teacher.device)
-    policy = require_policy(store.manifest.eviction)
-    window = length[:, None] - policy.window + torch.arange(policy.window)
-    with recorded_queries(teacher, window) if policy.window else nullcontext() as queries:
+    places = None if store.manifest.queries else window
+    with recorded_queries(teacher, places, layers) if needs_queries(store.manifest) else nullcontext() as recorded:
         every_layer = capture_kv(teacher, ids, mask)
-    layers = store.manifest.layers
-    pairs = [every_layer[layer] for layer in layers]
-    if not store.evicts:
-        return pairs, None, None
-    seen = [queries[layer] for layer in layers] if queries is not None else None
-    scores = policy.scores(Observed(batch, length, pairs, store.manifest.seed, seen, window))
-    eligible = torch.from_numpy(eligible_tokens(store.segment_ids[batch, :width], store.manifest.segments))
-    counts = torch.from_numpy(store.kv_length[batch])
-    positions = choose_tokens(scores, eligible.to(scores.device), counts).to(teacher.device)
-    kept = [(take_tokens(key, positions), take_tokens(value, positions)) for key, value in pairs]
-    return kept, positions, finite_samples(pairs, length)
+    queries = None if recorded is None else [recorded[layer] for layer in layers]
+    return [every_layer[layer] for layer in layers], queries
+
+
+def needs_queries(manifest: Manifest) -> bool:
+    """Whether an extraction keeps the teacher's queries, or looks at some."""
+    return manifest.queries or require_policy(manifest.eviction).window > 0
 
 
 def plan_windows(store: KVStore, batch_size: int | None, device: torch.device) -> list[range]:

@@ -21,13 +21,19 @@ from ..kvcache.errors import DivergenceError
 from .checkpoint import load_optimizer, load_rng, save_optimizer, save_rng
 from .config import DistillConfig
 from .distiller import KVDistiller
-from .monitor import CollapseMonitor
+from .monitor import CollapseMonitor, gradient_share
 from .read_ahead import ReadAhead
 from .reading import reading
 from .run_checkpoints import REMEDY
 from .training_data import KVDataset
 
 Evaluate = Callable[[KVDistiller], dict[str, float]]
+
+WATCHED = ("target", "target_mask", "kv_loss")
+"""What a step says of itself for the monitor, beside its losses."""
+
+SHARE_EVERY = 10
+"""Logged steps between two looks at the gradients: each costs two more backward passes."""
 
 
 class DistillTrainer(Trainer):
@@ -106,14 +112,19 @@ class DistillTrainer(Trainer):
         return self.optimizer
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], *_: Any, **__: Any) -> Tensor:
+        distiller = self.accelerator.unwrap_model(model)
+        distiller.progress = self.state.global_step / max(1, self.state.max_steps)
         outputs = model(**inputs)
-        for part in ("ce", "kv"):
-            if part in outputs:
-                self._part_sums[part] = outputs[part] + self._part_sums.get(part, 0)
+        watched = {name: outputs.pop(name) for name in WATCHED if name in outputs}
+        loss = outputs.pop("loss")
+        for part, value in outputs.items():
+            self._part_sums[part] = value + self._part_sums.get(part, 0)
         self._part_steps += 1
-        if "target" in outputs and self.state.global_step % self.args.logging_steps == 0:
-            self._check_collapse(outputs["target"], outputs["target_mask"])
-        return outputs["loss"]
+        if watched and self.state.global_step % self.args.logging_steps == 0:
+            self._check_collapse(watched["target"], watched["target_mask"])
+        if watched and self.state.global_step % (SHARE_EVERY * self.args.logging_steps) == 0:
+            self.monitor.gradient_share = gradient_share(distiller.student, watched["kv_loss"], loss)
+        return loss
 
     def _check_collapse(self, target: Tensor, mask: Tensor) -> None:
         self.monitor.update(target, mask)
@@ -131,6 +142,8 @@ class DistillTrainer(Trainer):
             if self.monitor.latest is not None:
                 logs["target_variance"] = self.monitor.latest.variance
                 logs["target_effective_rank"] = self.monitor.latest.effective_rank
+            if self.monitor.gradient_share is not None:
+                logs["kv_gradient_share"] = self.monitor.gradient_share
         super().log(logs, start_time)
 
     def evaluate(self, *_: Any, metric_key_prefix: str = "eval", **__: Any) -> dict[str, float]:

@@ -121,6 +121,7 @@ def make_manifest() -> Callable[..., Manifest]:
             "segments": ("prompt", "reasoning", "answer"),
             "eviction": "none",
             "budget": None,
+            "queries": False,
             "key_position": "post-rope",
             "rope": {"rope_theta": 10000.0, "rope_type": "default"},
             "max_tokens": 64,
@@ -138,7 +139,8 @@ def make_store(
     """`store, kv = make_store([5, 40, 33], samples_per_shard=2)`: a store and what is in it.
 
     `kv` is `[L, 2, B, H, T, D]`, random, zero past a sample's length. With `fill=False` no shard is written. With
-    `kept`, so many tokens of every sample are, every other from the second on.
+    `kept`, so many tokens of every sample are, every other from the second on. With `query_heads`, the store keeps
+    queries, which `random_queries(store)` gives.
     """
 
     def make(
@@ -153,9 +155,10 @@ def make_store(
         tokenizer_files: dict[str, bytes] | None = None,
         codec: str = "raw",
         kept: Sequence[int] | None = None,
+        query_heads: int = 0,
         fill: bool = True,
     ) -> tuple[KVStore, Tensor]:
-        geometry = KVGeometry(num_layers, num_kv_heads, head_dim, dtype)
+        geometry = KVGeometry(num_layers, num_kv_heads, head_dim, dtype, query_heads)
         table = _sample_table(lengths, records)
         if kept is not None:
             table = replace(table, kv_length=np.asarray(kept, np.int32))
@@ -164,6 +167,7 @@ def make_store(
             make_manifest(
                 dtype=str(dtype).removeprefix("torch."),
                 codec=codec,
+                queries=query_heads > 0,
                 layers=tuple(range(num_layers)),
                 teacher=TeacherIdentity("tiny", "main", num_layers, "c0ffee", "facade"),
                 dataset=DatasetIdentity("numbers", len(lengths), "beaded"),
@@ -178,13 +182,31 @@ def make_store(
         if fill:
             with ShardWriter(store, range(store.num_shards)) as writer:
                 pairs, positions = [(key, value) for key, value in kv], None
+                queries = list(_random_queries(store)) if query_heads else None
                 if kept is not None:
                     positions = every_other(kept)
                     pairs = [(take_tokens(key, positions), take_tokens(value, positions)) for key, value in pairs]
-                writer.put(range(len(lengths)), pairs, positions)
+                    queries = queries and [take_tokens(query, positions) for query in queries]
+                writer.put(range(len(lengths)), pairs, positions, queries=queries)
         return store, kv
 
     return make
+
+
+@pytest.fixture(scope="session")
+def random_queries() -> Callable[[KVStore], Tensor]:
+    """`random_queries(store)`: queries `[L, B, Hq, T, D]` of every token, zero past a sample's length: those that
+    `make_store` writes."""
+    return _random_queries
+
+
+def _random_queries(store: KVStore) -> Tensor:
+    num_layers, _, batch, _, width, head_dim = store.shape
+    shape = num_layers, batch, store.geometry.num_query_heads, width, head_dim
+    queries = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(store.dtype)
+    for sample, length in enumerate(store.length.tolist()):
+        queries[:, sample, :, length:] = 0
+    return queries
 
 
 def every_other(kept: Sequence[int]) -> Tensor:

@@ -12,32 +12,47 @@ from jaxtyping import Float, Shaped
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .head_projection import FlatProjection, KVSpace, StructuredProjection
+from ..errors import ConfigError
+from .head_projection import (
+    BottleneckProjection,
+    FlatProjection,
+    KVSpace,
+    LinearProjection,
+    Start,
+    StructuredProjection,
+)
 
-Mode = Literal["structured", "flat"]
-Direction = Literal["student-to-teacher", "teacher-to-student-joint"]
+Mode = Literal["structured", "flat", "flat-global", "bottleneck", "identity"]
+Direction = Literal["student-to-teacher", "teacher-to-student-frozen", "teacher-to-student-joint"]
 
 
 @dataclass(frozen=True)
 class AlignerConfig:
-    """All that an aligner is, but its weights: saved as `aligner.json`."""
+    """All that an aligner is, but its weights: saved as `aligner.json`.
+
+    `size` is the number of terms of a structured projection, the rank of a flat one (None: full), the width of a
+    bottleneck. `share_layers`, which `flat-global` implies, gives all layers one projection.
+    """
 
     mode: Mode
     direction: Direction
-    layer_map: tuple[int, ...]
+    num_layers: int
     student: KVSpace
     teacher: KVSpace
     share_dim_proj: bool = True
-    init_uniform: bool = False
+    share_layers: bool = False
+    start: Start = "random"
+    size: int | None = None
 
 
 class Aligner(nn.Module):
-    """Layer map, then head projection. Teacher KV is normalised first, per (layer, head, channel).
+    """The head projection between two KVs of the same layers and tokens. The teacher's is normalised first, per
+    (layer, head, channel).
 
     `student-to-teacher` projects the student onto the teacher's KV: the target is data and cannot move.
-    `teacher-to-student-joint` projects the teacher onto the student's KV and trains that projection with the
-    student: both sides may shrink together, which lowers the loss and teaches nothing. It is here to show
-    that, under the collapse monitor.
+    `teacher-to-student-frozen` projects the teacher onto the student's KV by a map that was fitted beforehand and
+    stays. `teacher-to-student-joint` trains that projection with the student: both sides may shrink together, which
+    lowers the loss and teaches nothing. It is here to show that, under the collapse monitor.
     """
 
     mean: Tensor
@@ -46,34 +61,35 @@ class Aligner(nn.Module):
     def __init__(self, config: AlignerConfig) -> None:
         super().__init__()
         self.config = config
-        num_layers = len(config.layer_map)
-        source, target = config.student, config.teacher
-        if config.direction == "teacher-to-student-joint":
-            source, target = target, source
-        self.projection: nn.Module
-        if config.mode == "flat":
-            self.projection = FlatProjection(num_layers, source, target)
-        else:
-            self.projection = StructuredProjection(
-                num_layers, source, target, share_dim_proj=config.share_dim_proj, init_uniform=config.init_uniform
-            )
-        moments = (num_layers, 2, 1, config.teacher.num_kv_heads, 1, config.teacher.head_dim)
+        self.projection = _projection(config)
+        if config.direction == "teacher-to-student-frozen":
+            self.projection.requires_grad_(False)
+        moments = (config.num_layers, 2, 1, config.teacher.num_kv_heads, 1, config.teacher.head_dim)
         self.register_buffer("mean", torch.zeros(moments))
         self.register_buffer("std", torch.ones(moments))
 
-    def set_normalisation(self, mean: Float[Tensor, "Lt 2 1 H 1 D"], std: Float[Tensor, "Lt 2 1 H 1 D"]) -> None:
-        """Take the teacher's moments, given for all its layers."""
-        layers = list(self.config.layer_map)
-        self.mean.copy_(mean[layers])
+    @property
+    def target_moves(self) -> bool:
+        """Whether training can change what the student is compared with."""
+        return self.config.direction == "teacher-to-student-joint"
+
+    def set_normalisation(self, mean: Float[Tensor, "L 2 1 H 1 D"], std: Float[Tensor, "L 2 1 H 1 D"]) -> None:
+        """Take the moments of the teacher's KV, as it is laid onto the student's layers and tokens."""
+        self.mean.copy_(mean)
         # A channel that never varies carries nothing: it is centred, not blown up.
-        self.std.copy_(torch.where(std > 1e-6, std, torch.ones_like(std))[layers])
+        self.std.copy_(torch.where(std > 1e-6, std, torch.ones_like(std)))
+
+    def normalise(self, kv: Shaped[Tensor, "L 2 B H T D"]) -> Float[Tensor, "L 2 B H T D"]:
+        """KV in the teacher's space, centred and scaled by the teacher's moments."""
+        return (kv.float() - self.mean) / self.std
 
     def forward(
-        self, student_kv: Float[Tensor, "Ls 2 B Hs T Ds"], teacher_kv: Shaped[Tensor, "Lt 2 B Ht T Dt"]
-    ) -> tuple[Float[Tensor, "Ls 2 B H T D"], Float[Tensor, "Ls 2 B H T D"]]:
+        self, student_kv: Float[Tensor, "L 2 B Hs T Ds"], teacher_kv: Shaped[Tensor, "L 2 B Ht T Dt"]
+    ) -> tuple[Float[Tensor, "L 2 B H T D"], Float[Tensor, "L 2 B H T D"]]:
         """(prediction, target), both in the space of the projection's output."""
-        selected = teacher_kv[list(self.config.layer_map)].float()
-        normalised = (selected - self.mean) / self.std
+        normalised = self.normalise(teacher_kv)
+        if self.config.mode == "identity":
+            return self.normalise(student_kv), normalised
         if self.config.direction == "student-to-teacher":
             return self.projection(student_kv), normalised
         return student_kv, self.projection(normalised)
@@ -88,6 +104,39 @@ class Aligner(nn.Module):
         """The aligner that `save` wrote into `folder`."""
         document = json.loads((folder / "aligner.json").read_text())
         sides = {side: KVSpace(**document[side]) for side in ("student", "teacher")}
-        aligner = cls(AlignerConfig(**{**document, **sides, "layer_map": tuple(document["layer_map"])}))
+        aligner = cls(AlignerConfig(**{**document, **sides}))
         aligner.load_state_dict(load_file(folder / "aligner.safetensors"))
         return aligner
+
+
+def _projection(config: AlignerConfig) -> LinearProjection | BottleneckProjection | nn.Identity:
+    source, target = config.student, config.teacher
+    if config.direction != "student-to-teacher":
+        source, target = target, source
+    shared = config.share_layers or config.mode == "flat-global"
+    layers = 1 if shared else config.num_layers
+    if config.mode == "identity":
+        return _identity(source, target)
+    if config.mode == "bottleneck":
+        return BottleneckProjection(layers, source, target, config.size or 1)
+    if config.mode == "structured":
+        return StructuredProjection(
+            layers,
+            source,
+            target,
+            share_dim_proj=config.share_dim_proj,
+            terms=config.size or 1,
+            start=config.start,
+        )
+    return FlatProjection(layers, source, target, config.size)
+
+
+def _identity(source: KVSpace, target: KVSpace) -> nn.Identity:
+    if source != target:
+        raise ConfigError(
+            "student and teacher differ in shape, so --mode identity cannot compare them channel by channel",
+            expected=f"{target.num_kv_heads} KV heads of {target.head_dim} channels",
+            found=f"{source.num_kv_heads} of {source.head_dim}",
+            remedy="Choose --mode structured or flat, or --kv-loss relation, which fits any shapes",
+        )
+    return nn.Identity()

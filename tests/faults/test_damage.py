@@ -63,8 +63,10 @@ def draw(kind: str, files: list[Path], rng: np.random.Generator) -> Fault:
 
 def read_everything(store: KVStore) -> list[Any]:
     """All that a training run could see of a store."""
+    reader, samples = KVReader(store), range(len(LENGTHS))
     return [
-        KVReader(store).read(range(len(LENGTHS)), 96),
+        reader.read(samples, 96),
+        reader.read_queries(samples).float().numpy().tobytes() if store.manifest.queries else b"",
         *(store.read_side_array(name).tobytes() for name in store.side_arrays),
         store.records,
         store.tokenizer_files(),
@@ -93,16 +95,18 @@ def shard_of(file: Path, store: KVStore) -> set[int]:
     return {shard for shard in range(store.num_shards) if file in store.shard_paths(shard)}
 
 
-@pytest.mark.parametrize("codec", ["raw", "int4"])
+@pytest.mark.parametrize(("codec", "query_heads"), [("raw", 0), ("int4", 4)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_damage_is_noticed_and_none_is_read(
     make_store: Callable[..., tuple[KVStore, Tensor]],
     kind: str,
     codec: str,
+    query_heads: int,
     points: Callable[[int, int], int],
     tally: Tally,
 ) -> None:
-    store, kv = make_store(LENGTHS, samples_per_shard=3, tokenizer_files=TOKENIZER, codec=codec)
+    kept = {"codec": codec, "query_heads": query_heads}
+    store, kv = make_store(LENGTHS, samples_per_shard=3, tokenizer_files=TOKENIZER, **kept)
     expected = read_everything(store)
     assert codec != "raw" or torch.equal(expected[0], kv)
     folders = (*(f"{name}/c" for name in store.parts), "ledger/c", "")

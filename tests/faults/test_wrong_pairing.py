@@ -69,10 +69,18 @@ RECIPE: dict[str, Any] = {
     "mode": "flat",
     "student": "other",
     "random_init": True,
+    "layer_map": "skip",
+    "time_map": "identity",
+    "key_space": "pre-rope",
     "direction": "teacher-to-student-joint",
     "share_dim_proj": False,
-    "init_uniform": True,
+    "share_layers": True,
+    "match_params": "structured",
+    "start": "closed-form",
+    "closed_form": "procrustes",
     "shuffle_kv": True,
+    "kv_loss": "smooth-l1",
+    "kv_segments": "reasoning",
     "kv_weight": 2.0,
     "learning_rate": 2e-3,
     "aligner_learning_rate": 1e-3,
@@ -111,8 +119,8 @@ def resealed(store: Path, copy: Path, manifest: dict[str, Any]) -> Path:
 
 def test_every_field_has_another_value(make_manifest: Callable[..., Manifest]) -> None:
     """A new field has to be added here, so that the tests below cover it."""
-    # A store whose codec was changed alone has not that codec's arrays: it is damaged. `OPTIONS` has real ones.
-    others = {"schema_version", "codec"}
+    # A store where one of these was changed alone has not the arrays to it: it is damaged. `OPTIONS` has real ones.
+    others = {"schema_version", "codec", "queries"}
     assert set(flatten(make_manifest().to_dict())) - others == set(FIELDS) - {"rope.factor"}
     assert {field.name for field in dataclasses.fields(DistillConfig)} == set(RECIPE)
 
@@ -280,6 +288,7 @@ OPTIONS: dict[str, tuple[dict[str, Any], set[str]]] = {
     "dtype": ({"dtype": "float16"}, {"dtype", "teacher.weights_hash"}),
     "codec": ({"codec": "int8"}, {"codec"}),
     "layers": ({"layers": "ratio:1"}, {"layers"}),
+    "queries": ({"queries": True}, {"queries"}),
     "fewer samples": ({"samples": 8}, {"dataset.num_samples", "dataset.hash"}),
 }
 

@@ -27,7 +27,7 @@ from torch import Tensor
 FOLDER = Path(__file__).parent
 STORES = {"store.zarr": False, "lossy.zarr": True}
 LENGTHS, KEPT = [5, 64, 33], [3, 32, 17]
-LAYERS, HEADS, HEAD_DIM, TOKENS = 2, 2, 4, 64
+LAYERS, HEADS, QUERY_HEADS, HEAD_DIM, TOKENS = 2, 2, 4, 4, 64
 RECORDS = [
     {"id": "golden/0", "prompt": "Tom has 3.", "reasoning": "3+4=7.", "answer": "7"},
     {"id": "golden/1", "prompt": "naïve \U0001f98a\u2028 text", "reasoning": "", "answer": ""},
@@ -45,9 +45,15 @@ def golden_kv() -> Tensor:
     return kv.bfloat16()
 
 
+def golden_queries() -> Tensor:
+    """`[L, B, Hq, T, D]`: quarters between -8 and 8, a different run everywhere."""
+    shape = (LAYERS, len(LENGTHS), QUERY_HEADS, TOKENS, HEAD_DIM)
+    return ((torch.arange(np.prod(shape)).reshape(shape) * 11 % 65 - 32).float() / 4).bfloat16()
+
+
 def write_golden_store(path: Path, *, lossy: bool = False) -> KVStore:
-    """A golden store at `path`: all of the KV, or `int4` of the first half of every sample. The bytes of its KV and its
-    ledger are the same on every machine."""
+    """A golden store at `path`: all of the KV, or `int4` of the first half of every sample with its queries. The bytes
+    of these and of the ledger are the same on every machine."""
     real = np.arange(TOKENS)[None] < np.array(LENGTHS)[:, None]
     tokens = np.arange(len(LENGTHS) * TOKENS).reshape(len(LENGTHS), TOKENS)
     manifest = Manifest(
@@ -61,6 +67,7 @@ def write_golden_store(path: Path, *, lossy: bool = False) -> KVStore:
         segments=("prompt", "reasoning", "answer"),
         eviction="right-crop" if lossy else "none",
         budget=0.5 if lossy else None,
+        queries=lossy,
         key_position="post-rope",
         rope={"rope_type": "default", "rope_theta": 10000.0},
         max_tokens=TOKENS,
@@ -76,28 +83,36 @@ def write_golden_store(path: Path, *, lossy: bool = False) -> KVStore:
         spans=np.stack([np.where(real, tokens, 0), np.where(real, tokens + 1, 0)], axis=2).astype(np.int32),
         kv_length=np.array(KEPT, np.int32) if lossy else None,
     )
-    geometry = KVGeometry(LAYERS, HEADS, HEAD_DIM, torch.bfloat16)
+    geometry = KVGeometry(LAYERS, HEADS, HEAD_DIM, torch.bfloat16, QUERY_HEADS if lossy else 0)
     store = create_store(
         path, manifest, table, geometry, tokenizer_files=TOKENIZER_FILES, truncated=1, samples_per_shard=2
     )
     kv = golden_kv()
     with ShardWriter(store, range(store.num_shards)) as writer:
-        pairs, positions = [(key, value) for key, value in kv], None
+        pairs, positions, queries = [(key, value) for key, value in kv], None, None
         if lossy:
             positions = torch.stack([F.pad(torch.arange(kept), (0, max(KEPT) - kept), value=-1) for kept in KEPT])
             pairs = [(take_tokens(key, positions), take_tokens(value, positions)) for key, value in pairs]
-        writer.put(range(len(LENGTHS)), pairs, positions)
+            queries = [take_tokens(query, positions) for query in golden_queries()]
+        writer.put(range(len(LENGTHS)), pairs, positions, queries=queries)
     return store
+
+
+def sha256(tensor: Tensor) -> str:
+    """Of the bits of bfloat16 numbers."""
+    bits = tensor.contiguous().view(torch.uint16).numpy()
+    return hashlib.sha256(bits.astype("<u2").tobytes()).hexdigest()
 
 
 def describe(store: KVStore) -> dict[str, Any]:
     """What `expected.json` says of the store."""
     names = (*store.parts, "ledger")
     files = sorted(path for name in names for path in (store.path / name / "c").rglob("0") if path.is_file())
-    kv = KVReader(store).read(range(len(LENGTHS)), TOKENS).contiguous().view(torch.uint16).numpy()
+    reader, samples = KVReader(store), range(len(LENGTHS))
     return {
         "shape": list(store.shape),
-        "kv_sha256": hashlib.sha256(kv.astype("<u2").tobytes()).hexdigest(),
+        "kv_sha256": sha256(reader.read(samples, TOKENS)),
+        **({"queries_sha256": sha256(reader.read_queries(samples, TOKENS))} if store.manifest.queries else {}),
         "manifest_hash": store.manifest.hash,
         "files": {
             path.relative_to(store.path).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files

@@ -76,13 +76,13 @@ def test_eviction_without_effect_is_the_whole_store(kvpipe: Any, tmp_path: Path)
 
 
 def test_a_repaired_shard_keeps_the_same_tokens(kvpipe: Any, tmp_path: Path) -> None:
-    kvpipe(
-        *EXTRACT, "--evict", "rkv", "--budget", "0.5", "--max-shard-size", "400KB", "--store", "x.zarr", cwd=tmp_path
-    )
-    shards = sorted(path for path in tmp_path.glob("x.zarr/kv*/c/**/*") if path.is_file())
+    options = ["--evict", "rkv", "--budget", "0.5", "--queries", "--max-shard-size", "400KB"]
+    kvpipe(*EXTRACT, *options, "--store", "x.zarr", cwd=tmp_path)
+    shards = sorted(path for path in tmp_path.glob("x.zarr/[kq]*/c/**/*") if path.is_file())
     before = [path.read_bytes() for path in shards]
     assert len(shards) > 4
-    for path in (shards[0], shards[-1]):
+    assert {path.relative_to(tmp_path).parts[1] for path in shards} == {"kv", "kv_length", "kv_position", "queries"}
+    for path in (shards[0], max(tmp_path.glob("x.zarr/kv_position/c/*/0")), shards[-1]):
         path.write_bytes(b"")
     assert "damaged" in kvpipe("verify", "x.zarr", cwd=tmp_path, code=2).stderr
     kvpipe("repair", "x.zarr", cwd=tmp_path)

@@ -46,7 +46,7 @@ def test_an_extraction_killed_and_then_interrupted_ends_with_the_same_bytes(
     kvpipe: Any, built_once: Any, teacher: Path, tmp_path: Path
 ) -> None:
     """One store: SIGKILL, the command again and Ctrl-C, the command a third time."""
-    command = ["extract", "--model", teacher, *EXTRACT]
+    command = ["extract", "--model", teacher, "--queries", *EXTRACT]
     whole = built_once("uninterrupted", lambda folder: kvpipe(*command, cwd=folder)) / "many.zarr"
     assert _ledger(whole) == SHARDS
 
@@ -72,10 +72,11 @@ def test_an_extraction_killed_and_then_interrupted_ends_with_the_same_bytes(
     outcome = kvpipe(*command, cwd=tmp_path)
     assert "128 samples" in outcome.stdout
     assert _partials(tmp_path) == []
-    for part in ("kv", "ledger", "input_ids", "segment_ids", "spans", "length", "split", "text", "tokenizer"):
+    parts = ("kv", "queries", "ledger", "input_ids", "segment_ids", "spans", "length", "split", "text", "tokenizer")
+    for part in parts:
         assert _bytes(store / part) == _bytes(whole / part), part
     arrays = zarr.open(whole, mode="r"), zarr.open(store, mode="r")
-    for name in ("kv", "ledger", "input_ids"):
+    for name in ("kv", "queries", "ledger", "input_ids"):
         assert (arrays[0][name][...] == arrays[1][name][...]).all()
     manifests = [group.attrs["kvpipe"]["manifest"] for group in arrays]
     assert manifests[0] == manifests[1]

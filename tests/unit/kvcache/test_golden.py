@@ -28,6 +28,16 @@ LITERALS = {
     (1, 1, 2, 0, 33, 0): 0.0,
 }
 
+# [layer, sample, head, token, channel] -> ((index in C order * 11) % 65 - 32) / 4, or 0 past the kept tokens.
+QUERY_LITERALS = {
+    (0, 0, 0, 0, 0): -8.0,
+    (0, 0, 0, 0, 1): -5.25,
+    (0, 0, 0, 2, 3): 6.0,
+    (0, 0, 0, 3, 0): 0.0,
+    (1, 2, 3, 16, 3): 4.5,
+    (1, 2, 3, 17, 0): 0.0,
+}
+
 
 @pytest.fixture(scope="module")
 def golden(root: Path) -> Path:
@@ -79,6 +89,9 @@ def test_the_lossy_one_reads_the_same(golden: Path, expected: dict[str, Any], ra
     assert store.kv_length.tolist() == [3, 32, 17]
     assert sha256(kv.contiguous().view(torch.uint16).numpy()) == expected["lossy.zarr"]["kv_sha256"]
     assert expected["lossy.zarr"]["kv_sha256"] != raw["kv_sha256"]
+    queries = KVReader(store).read_queries(range(3), 64)
+    assert sha256(queries.contiguous().view(torch.uint16).numpy()) == expected["lossy.zarr"]["queries_sha256"]
+    assert {index: queries[index].item() for index in QUERY_LITERALS} == QUERY_LITERALS
     # 15 steps over a group's span, which is 32 at most.
     for index, value in LITERALS.items():
         kept = index[4] < store.kv_length[index[2]]
@@ -102,7 +115,7 @@ def test_the_same_content_gives_the_same_bytes(golden: Path, expected: dict[str,
     for store, is_lossy in script["STORES"].items():
         fresh = script["write_golden_store"](tmp_path / store, lossy=is_lossy)
         assert script["describe"](fresh) == expected[store]
-        assert len(expected[store]["files"]) == (8 if is_lossy else 4)
+        assert len(expected[store]["files"]) == (10 if is_lossy else 4)
         for name in expected[store]["files"]:
             assert (fresh.path / name).read_bytes() == (golden / store / name).read_bytes()
         for name in (*fresh.parts, "ledger"):

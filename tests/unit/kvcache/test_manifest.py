@@ -20,7 +20,6 @@ from kvpipe.kvcache.manifest import (
     hash_samples,
     hash_tokenizer,
     hash_weights,
-    rope_parameters,
 )
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedConfig, PreTrainedTokenizerFast
@@ -43,6 +42,7 @@ CHANGES: dict[str, Any] = {
     "segments": ("answer",),
     "eviction": "window",
     "budget": 0.5,
+    "queries": True,
     "key_position": "pre-rope",
     "rope.rope_theta": 10000.5,
     "rope.factor": 2.0,
@@ -195,13 +195,3 @@ def test_hash_tokenizer_is_of_the_tokenizer_not_of_its_last_call() -> None:
     tokenizer.add_tokens(["three"])
     assert hash_tokenizer(tokenizer) != before
     assert hash_tokenizer(word_tokenizer(eos_token="two")) != before
-
-
-def test_rope_parameters_are_json_and_empty_without_rope() -> None:
-    sizes = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2}
-    assert rope_parameters(transformers.GPT2Config()) == {}
-    llama = rope_parameters(transformers.LlamaConfig(**sizes))
-    assert llama["rope_type"] == "default"
-    gemma = rope_parameters(transformers.Gemma3TextConfig(**sizes))
-    assert gemma["sliding_attention"]["rope_theta"] != gemma["full_attention"]["rope_theta"]
-    assert json.loads(json.dumps([llama, gemma])) == [llama, gemma]

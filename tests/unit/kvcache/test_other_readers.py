@@ -21,6 +21,8 @@ STORES: dict[str, dict[str, Any]] = {
     "fp8": {"codec": "fp8"},
     "evicted": {"kept": [33, 2, 10, 0, 1]},
     "int2, evicted": {"codec": "int2", "kept": [33, 2, 10, 0, 1]},
+    "queries": {"query_heads": 4},
+    "fp8, evicted, queries": {"codec": "fp8", "kept": [33, 2, 10, 0, 1], "query_heads": 2},
 }
 
 
@@ -46,6 +48,7 @@ def test_three_readers_agree_on_every_array(
     names = [*store.parts, "ledger", *store.side_arrays]
     assert {"kv", "ledger", "length", "input_ids", "text"} <= set(names)
     assert ("kv_scale" in names, "kv_position" in names) == ("codec" in options, "kept" in options)
+    assert ("queries" in names) == ("query_heads" in options)
     for name in names:
         expected = by_zarr_python(store, name)
         for found in (by_zarrs(store, name), by_tensorstore(store, name)):

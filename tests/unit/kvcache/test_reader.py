@@ -12,7 +12,7 @@ import torch
 import zarr
 from hypothesis import given
 from hypothesis import strategies as st
-from kvpipe.kvcache import reader as reader_module
+from kvpipe.kvcache import chunk_reader
 from kvpipe.kvcache.errors import StoreError
 from kvpipe.kvcache.layout import STORAGE_DTYPES, dtype_name
 from kvpipe.kvcache.reader import KVReader
@@ -97,7 +97,7 @@ def test_what_was_read_stays_as_it_is(source: tuple[KVStore, Tensor]) -> None:
 
 
 def test_open_files_are_bounded_and_closed(source: tuple[KVStore, Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reader_module, "OPEN_FILES", 2)
+    monkeypatch.setattr(chunk_reader, "OPEN_FILES", 2)
     store, kv = source
     before = open_files()
     reader = KVReader(store)

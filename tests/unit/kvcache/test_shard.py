@@ -77,7 +77,7 @@ def read(data: NDArray[np.uint8], layout: ShardLayout, checksums: NDArray[np.int
     if start < 0 or start + blocks * layout.record_bytes > len(data):
         raise ValueError("token blocks are missing or misplaced")
     own = data[start : start + blocks * layout.record_bytes].reshape(blocks, layout.record_bytes)
-    require_checksums([own], [layout], checksums[row, :blocks].tolist())
+    require_checksums(own, layout, checksums[row, 0, :blocks].tolist())
     chunks = own[:, : layout.chunk_bytes].copy().view(layout.dtype).reshape(blocks, *layout.chunk_shape)
     return np.concatenate([chunk[:, :, 0] for chunk in chunks], axis=3).tobytes()
 
@@ -108,7 +108,7 @@ def test_empty_chunks_take_no_space(lengths: list[int], unused: int) -> None:
     full = np.arange(layout.blocks)[None] < np.array(blocks)[:, None]
     index = read_index(data, layout)
     assert np.all(index[~full] == EMPTY)
-    assert np.all(checksums[~full] == NO_CHUNK)
+    assert np.all(checksums[:, 0][~full] == NO_CHUNK)
     # The chunks of a sample follow each other: one range holds them.
     assert index[full].tolist() == [[i * layout.record_bytes, layout.record_bytes] for i in range(sum(blocks))]
 

@@ -191,7 +191,7 @@ def test_only_the_ledger_says_what_is_finished(make_store: MakeStore) -> None:
         store.shard_path(shard).parent.mkdir(parents=True)
         store.shard_path(shard).write_bytes(b"a shard without an entry")
     assert store.finished_shards() == set()
-    own = [np.array(rows) for rows in ([[1, -1], [2, 3]], [[1, 2], [0, -1]], [[1, -1], [-1, -1]])]
+    own = [np.array(rows)[:, None] for rows in ([[1, -1], [2, 3]], [[1, 2], [0, -1]], [[1, -1], [-1, -1]])]
     for other in (own[0], own[2]):
         store.ledger.record(1, other)
         assert store.finished_shards() == set(), "the entry of a shard with other lengths"

@@ -23,6 +23,20 @@ def test_a_sound_store_has_nothing_to_tell(make_store: MakeStore) -> None:
     require_sound(store, [])
 
 
+def test_every_part_of_a_shard_is_read(make_store: MakeStore) -> None:
+    store, _ = make_store([5, 40, 33, 2], codec="int4", kept=[2, 20, 16, 1], query_heads=4)
+    assert list(store.parts) == ["kv", "kv_scale", "kv_position", "queries"]
+    assert damages(store) == []
+    for path in store.shard_paths(1):
+        whole = path.read_bytes()
+        path.write_bytes(bytes([whole[0] ^ 1]) + whole[1:])
+        assert describe(damages(store)) == ["shard 1, samples 2: chunks fail their checksums"], path
+        path.unlink()
+        assert describe(damages(store)) == ["shard 1, samples 2-3: its file is missing"], path
+        path.write_bytes(whole)
+    assert damages(store) == []
+
+
 def test_shards_that_were_never_written_make_a_store_incomplete(make_store: MakeStore) -> None:
     store, _ = make_store([5] * 10)
     for shard in (1, 2, 4):

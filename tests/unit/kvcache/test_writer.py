@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -200,6 +201,43 @@ def test_kv_that_does_not_fit_the_store_is_refused(make_store: MakeStore, wrong:
     with pytest.raises(ValueError, match="does not fit the store"), ShardWriter(store, [0]) as writer:
         writer.put([0, 1], pairs(wrong(kv), [0, 1]))
     assert files(store) == set()
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        pytest.param(lambda queries: None, id="none"),
+        pytest.param(lambda queries: [query.float() for query in queries], id="dtype"),
+        pytest.param(lambda queries: queries[1:], id="layers"),
+        pytest.param(lambda queries: [query[:, :2] for query in queries], id="heads"),
+        pytest.param(lambda queries: [query[:, :, :39] for query in queries], id="tokens"),
+        pytest.param(lambda queries: [queries[0], queries[1][:, :2]], id="heads of one layer"),
+    ],
+)
+def test_queries_that_do_not_fit_the_store_are_refused(make_store: MakeStore, wrong: Callable[[Any], Any]) -> None:
+    store, kv = make_store([5, 40], query_heads=4, fill=False)
+    queries = list(torch.zeros(2, 2, 4, 64, 4, dtype=torch.bfloat16))
+    with pytest.raises(ValueError, match="does not fit the store"), ShardWriter(store, [0]) as writer:
+        writer.put([0, 1], pairs(kv, [0, 1]), queries=wrong(queries))
+    assert files(store) == set()
+
+
+def test_queries_where_the_store_keeps_none_are_refused(make_store: MakeStore) -> None:
+    store, kv = make_store([5, 40], fill=False)
+    queries = list(torch.zeros(2, 2, 4, 64, 4, dtype=torch.bfloat16))
+    with pytest.raises(ValueError, match="does not fit the store"), ShardWriter(store, [0]) as writer:
+        writer.put([0, 1], pairs(kv, [0, 1]), queries=queries)
+
+
+def test_a_sample_with_a_query_that_is_no_number_is_left_out(make_store: MakeStore) -> None:
+    store, kv = make_store([5, 40], query_heads=4, fill=False)
+    queries = torch.ones(2, 2, 4, 64, 4, dtype=torch.bfloat16)
+    queries[1, 0, 3, 4, 0] = float("inf")
+    queries[1, 1, 3, 40, 0] = float("nan")
+    with ShardWriter(store, [0]) as writer:
+        writer.put([0, 1], pairs(kv, [0, 1]), queries=list(queries))
+    assert store.excluded.tolist() == [0]
+    assert torch.equal(KVReader(store).read_queries([1]), queries[:, [1], :, :40])
 
 
 def test_the_error_of_the_body_goes_first(make_store: MakeStore) -> None:

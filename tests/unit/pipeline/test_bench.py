@@ -14,13 +14,16 @@ MakeStore = Callable[..., tuple[KVStore, Any]]
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"codec": "int4"}, {"kept": [3, 10, 0, 1, 20]}], ids=["raw", "int4", "evicted"]
+    "options",
+    [{}, {"codec": "int4"}, {"kept": [3, 10, 0, 1, 20]}, {"query_heads": 4}],
+    ids=["raw", "int4", "evicted", "queries"],
 )
 def test_every_sample_with_kv_is_read_in_every_pass(make_store: MakeStore, options: dict[str, Any]) -> None:
     store, _ = make_store([7, 40, 33, 2, 64], **options)
     found = bench(store.path, batch_size=2)
     files = sum(path.stat().st_size for shard in range(store.num_shards) for path in store.shard_paths(shard))
     assert found.num_bytes == files
+    assert found.queries == ("query_heads" in options)
     assert found.tokens == int(store.kv_length.sum())
     assert found.batches == (2 if "kept" in options else 3)
     for taken in (found.plain, found.stream, found.random):

@@ -21,13 +21,21 @@ NOT_NEGATIVE = st.floats(0, 1e12)
 WORDS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=12)
 
 OPTIONS: dict[str, st.SearchStrategy[Any]] = {
-    "mode": st.sampled_from(["structured", "flat"]),
+    "mode": st.sampled_from(["structured", "flat", "flat-global", "bottleneck"]),
     "student": WORDS,
     "random_init": st.booleans(),
+    "layer_map": st.sampled_from(["ratio", "skip", "uniform", "last", "cka"]),
+    "time_map": st.sampled_from(["auto", "identity", "span-last", "span-mean", "segment"]),
+    "key_space": st.sampled_from(["post-rope", "pre-rope"]),
     "direction": st.sampled_from(["student-to-teacher", "teacher-to-student-joint"]),
     "share_dim_proj": st.booleans(),
-    "init_uniform": st.booleans(),
+    "share_layers": st.just(False),
+    "match_params": st.sampled_from(["none", "flat", "structured"]),
+    "start": st.just("random"),
+    "closed_form": st.sampled_from(["ridge", "procrustes", "pca"]),
     "shuffle_kv": st.booleans(),
+    "kv_loss": st.sampled_from(["mse", "smooth-l1", "mse,cka:0.1:0.2", "hybrid:2"]),
+    "kv_segments": st.sampled_from(["all", "reasoning", "prompt,answer"]),
     "kv_weight": NOT_NEGATIVE,
     "learning_rate": POSITIVE,
     "aligner_learning_rate": st.none() | POSITIVE,
@@ -44,7 +52,7 @@ OPTIONS: dict[str, st.SearchStrategy[Any]] = {
     "seed": st.integers(0, 2**32 - 1),
 }
 
-CONFIGS = st.fixed_dictionaries({}, optional=OPTIONS).map(lambda options: DistillConfig(**options))
+GIVEN_OPTIONS = st.fixed_dictionaries({}, optional=OPTIONS)
 
 
 def parse(flags: list[str]) -> DistillConfig:
@@ -64,8 +72,9 @@ def test_no_flags_are_the_defaults() -> None:
     assert parse([]) == DistillConfig()
 
 
-@given(CONFIGS)
-def test_flags_bring_the_config_back_through_the_command_line(config: DistillConfig) -> None:
+@given(GIVEN_OPTIONS)
+def test_flags_bring_the_config_back_through_the_command_line(options: dict[str, Any]) -> None:
+    config = DistillConfig(**options)
     assert parse(config.flags()) == config
 
 
@@ -75,8 +84,43 @@ def test_the_control_without_kv_comes_back_too(options: dict[str, Any]) -> None:
     assert parse(config.flags()) == config
 
 
-@given(CONFIGS)
-def test_a_mapping_brings_the_config_back_through_json(config: DistillConfig) -> None:
+RECIPES = [
+    {"mode": "structured", "start": "uniform", "share_layers": True},
+    {"mode": "structured", "start": "closed-form", "closed_form": "procrustes"},
+    {"mode": "flat", "direction": "teacher-to-student-frozen", "closed_form": "pca"},
+    {"mode": "identity", "kv_loss": "relation"},
+    {"mode": "identity", "key_space": "pre-rope"},
+]
+
+
+@pytest.mark.parametrize("options", RECIPES)
+def test_recipes_whose_options_depend_on_each_other_come_back(options: dict[str, Any]) -> None:
+    config = DistillConfig(**options)
+    assert parse(config.flags()) == config
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"mode": "flat", "kv_loss": "relation"}, "mode makes no sense: expected identity with --kv-loss relation"),
+        ({"mode": "flat", "start": "uniform"}, "start makes no sense: expected mode structured with uniform"),
+        ({"mode": "flat", "share_layers": True}, "share_layers makes no sense: expected mode structured"),
+        ({"mode": "bottleneck", "start": "closed-form"}, "mode makes no sense: expected structured, flat or flat-glob"),
+        ({"mode": "bottleneck", "direction": "teacher-to-student-frozen"}, "mode makes no sense"),
+        ({"mode": "identity", "direction": "teacher-to-student-joint"}, "direction makes no sense"),
+        ({"start": "closed-form", "closed_form": "pca"}, "closed_form makes no sense: expected ridge or procrustes"),
+        ({"kv_segments": "question"}, "kv_segments makes no sense: expected all, or some of prompt, reasoning, answer"),
+        ({"kv_loss": "mae"}, "mae"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        DistillConfig(**options)
+
+
+@given(GIVEN_OPTIONS)
+def test_a_mapping_brings_the_config_back_through_json(options: dict[str, Any]) -> None:
+    config = DistillConfig(**options)
     assert DistillConfig.from_mapping(json.loads(json.dumps(config.to_dict())), "a file") == config
 
 
@@ -107,9 +151,9 @@ def test_a_shuffled_control_needs_kv_to_shuffle() -> None:
 @pytest.mark.parametrize(
     ("name", "value", "expected"),
     [
-        ("mode", 3, "structured or flat or none"),
-        ("mode", "both", "structured or flat or none"),
-        ("direction", "", "student-to-teacher or teacher-to-student-joint"),
+        ("mode", 3, "structured or flat or flat-global or bottleneck or identity or none"),
+        ("mode", "both", "structured or flat or flat-global or bottleneck or identity or none"),
+        ("direction", "", "student-to-teacher or teacher-to-student-frozen or teacher-to-student-joint"),
         ("on_collapse", "ignore", "stop or warn"),
         ("student", None, "str"),
         ("random_init", 1, "bool"),

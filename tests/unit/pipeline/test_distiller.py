@@ -8,8 +8,10 @@ import pytest
 import torch
 from kvpipe.kvcache.align.aligner import Aligner, AlignerConfig, Direction, Mode
 from kvpipe.kvcache.align.head_projection import KVSpace
-from kvpipe.kvcache.align.layer_map import ratio_map
+from kvpipe.kvcache.align.layer_map import layer_map
+from kvpipe.kvcache.align.teacher_view import TeacherView
 from kvpipe.pipeline.distiller import KVDistiller
+from kvpipe.pipeline.loss_terms import parse_kv_loss
 from kvpipe.pipeline.losses import IGNORED, kv_mse
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -46,19 +48,28 @@ def make_distiller(
         AlignerConfig(
             mode=mode,
             direction=direction,
-            layer_map=ratio_map(config.num_hidden_layers, TEACHER_LAYERS),
+            num_layers=config.num_hidden_layers,
             student=KVSpace(config.num_key_value_heads, config.head_dim),
             teacher=TEACHER,
         )
     )
-    return KVDistiller(student, aligner, kv_weight)
+    return KVDistiller(student, ratio_view(student), aligner, parse_kv_loss("mse"), kv_weight)
+
+
+def ratio_view(student: PreTrainedModel) -> TeacherView:
+    return TeacherView(layer_map("ratio", student.config.num_hidden_layers, TEACHER_LAYERS))
+
+
+def without_kv(student: PreTrainedModel) -> KVDistiller:
+    return KVDistiller(student, ratio_view(student))
 
 
 def kv_loss(distiller: KVDistiller, batch: dict[str, Tensor]) -> Tensor:
     """The KV part of the loss, with its graph and nothing of the cross-entropy's."""
     assert distiller.aligner is not None
     _, student_kv = distiller.student_forward(batch["input_ids"], batch["attention_mask"])
-    return kv_mse(*distiller.aligner(student_kv, batch["teacher_kv"]), batch["attention_mask"])
+    teacher_kv = distiller.view.teacher(batch["teacher_kv"])
+    return kv_mse(*distiller.aligner(student_kv, teacher_kv), batch["attention_mask"])
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
@@ -110,14 +121,14 @@ def test_one_step_is_one_student_forward(make_model: MakeModel, mode: Mode | Non
     student = make_model()
     calls: list[str] = []
     student.register_forward_hook(lambda *_: calls.append("forward"))
-    distiller = make_distiller(student, mode) if mode else KVDistiller(student, None)
+    distiller = make_distiller(student, mode) if mode else without_kv(student)
     distiller(**make_batch())["loss"].backward()
     assert calls == ["forward"]
 
 
 def test_without_an_aligner_the_loss_is_the_models_own(make_model: MakeModel) -> None:
     student, batch = make_model(), make_batch()
-    distiller = KVDistiller(student, None)
+    distiller = without_kv(student)
     assert [name for name, _ in distiller.named_parameters() if "aligner" in name] == []
     outputs = distiller(**batch)
     assert set(outputs) == {"loss", "ce"}
@@ -129,7 +140,7 @@ def test_without_an_aligner_the_loss_is_the_models_own(make_model: MakeModel) ->
 def test_the_cross_entropy_is_the_same_with_and_without_kv(make_model: MakeModel, mode: Mode) -> None:
     batch = make_batch()
     with_kv = make_distiller(make_model(), mode)(**batch)["ce"]
-    without = KVDistiller(make_model(), None)(**{**batch, "teacher_kv": None})["ce"]
+    without = without_kv(make_model())(**batch)["ce"]
     torch.testing.assert_close(with_kv, without)
 
 
@@ -148,7 +159,7 @@ def test_the_fixed_target_neither_needs_nor_gets_a_gradient(make_model: MakeMode
 
 def test_the_captured_kv_is_what_the_model_would_cache(make_model: MakeModel) -> None:
     student, batch = make_model(), make_batch()
-    logits, kv = KVDistiller(student, None).student_forward(batch["input_ids"], batch["attention_mask"])
+    logits, kv = without_kv(student).student_forward(batch["input_ids"], batch["attention_mask"])
     plain = student(batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=True)
     torch.testing.assert_close(logits, plain.logits)
     for layer, cached in enumerate(plain.past_key_values.layers):
@@ -181,5 +192,5 @@ def test_a_few_steps_lower_the_kv_loss_on_a_fixed_target(make_model: MakeModel, 
         outputs["loss"].backward()
         optimizer.step()
         losses.append(outputs["kv"].item())
-        assert torch.equal(outputs["target"], batch["teacher_kv"][list(distiller.aligner.config.layer_map)])
+        assert torch.equal(outputs["target"], distiller.view.teacher(batch["teacher_kv"]))
     assert losses[-1] < 0.5 * losses[0]

@@ -10,11 +10,15 @@ import pytest
 import torch
 from kvpipe.kvcache.align.aligner import Aligner, AlignerConfig, Mode
 from kvpipe.kvcache.align.head_projection import KVSpace
+from kvpipe.kvcache.align.layer_map import LayerMap
+from kvpipe.kvcache.align.teacher_view import TeacherView
 from kvpipe.kvcache.store import KVStore
 from kvpipe.pipeline import evaluate
 from kvpipe.pipeline.distiller import KVDistiller
-from kvpipe.pipeline.evaluate import LinearCKA, evaluate_answers, evaluate_tokens, generate_answers, token_features
-from kvpipe.pipeline.training_data import KVDataset, teacher_moments
+from kvpipe.pipeline.evaluate import evaluate_answers, evaluate_tokens, generate_answers
+from kvpipe.pipeline.student_text import teachers_tokens
+from kvpipe.pipeline.teacher_moments import teacher_moments
+from kvpipe.pipeline.training_data import KVDataset
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
@@ -33,65 +37,21 @@ def reference_cka(x: Tensor, y: Tensor) -> float:
     return float(np.linalg.norm(b.T @ a) ** 2 / (np.linalg.norm(a.T @ a) * np.linalg.norm(b.T @ b)))
 
 
-def streamed_cka(x: Tensor, y: Tensor, size: int) -> float:
-    cka = LinearCKA()
-    for part_x, part_y in zip(x.split(size), y.split(size), strict=True):
-        cka.update(part_x, part_y)
-    return cka.value()
-
-
-def related_features(seed: int = 0) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(200, 6, generator=generator) + 5
-    return x, x @ torch.randn(6, 9, generator=generator) + 2 * torch.randn(200, 9, generator=generator) - 3
-
-
-@pytest.mark.parametrize("size", [1, 7, 64, 200])
-def test_streamed_cka_is_that_of_all_tokens_at_once(size: int) -> None:
-    x, y = related_features()
-    expected = reference_cka(x, y)
-    assert 0.1 < expected < 0.95
-    assert streamed_cka(x, y, size) == pytest.approx(expected, rel=1e-9)
-
-
-def test_cka_is_one_for_rotated_scaled_and_shifted_features() -> None:
-    x, _ = related_features()
-    rotation, _ = torch.linalg.qr(torch.randn(6, 6, generator=torch.Generator().manual_seed(1)))
-    assert streamed_cka(x, 3.5 * x @ rotation + 10, 32) == pytest.approx(1, abs=1e-5)
-
-
-def test_cka_of_unrelated_features_is_near_zero() -> None:
-    generator = torch.Generator().manual_seed(2)
-    x, y = torch.randn(5000, 4, generator=generator), torch.randn(5000, 4, generator=generator)
-    assert streamed_cka(x, y, 500) < 0.01
-
-
-def test_cka_of_features_that_never_vary_is_zero() -> None:
-    x, _ = related_features()
-    assert streamed_cka(x, torch.ones(200, 3), 50) == pytest.approx(0, abs=1e-9)
-
-
-def test_token_features_are_the_real_tokens_heads_side_by_side() -> None:
-    kv = torch.arange(2 * 3 * 4 * 5.0).reshape(2, 3, 4, 5)
-    mask = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 0]])
-    expected = [kv[b, :, t].flatten() for b in range(2) for t in range(4) if mask[b, t]]
-    assert torch.equal(token_features(kv, mask), torch.stack(expected))
-
-
 @pytest.fixture
 def stored(make_segmented_store: Callable[..., Stored]) -> Stored:
     return make_segmented_store(LENGTHS)
 
 
 def make_distiller(student: PreTrainedModel, store: KVStore, mode: Mode | None) -> KVDistiller:
+    distiller = KVDistiller(student, TeacherView(LayerMap.one_hot(LAYER_MAP, 3)))
     if mode is None:
-        return KVDistiller(student, None)
+        return distiller
     config = student.config
     space = KVSpace(config.num_key_value_heads, config.head_dim)
     torch.manual_seed(4)
-    aligner = Aligner(AlignerConfig(mode, "student-to-teacher", LAYER_MAP, space, TEACHER))
-    aligner.set_normalisation(*teacher_moments(store, ALL))
-    return KVDistiller(student, aligner)
+    distiller.aligner = Aligner(AlignerConfig(mode, "student-to-teacher", len(LAYER_MAP), space, TEACHER))
+    distiller.aligner.set_normalisation(*teacher_moments(distiller, KVDataset(store, with_kv=True), ALL))
+    return distiller
 
 
 def reference_tokens(student: PreTrainedModel, store: KVStore) -> tuple[list[list[float]], list[list[bool]]]:
@@ -115,9 +75,7 @@ def test_evaluate_tokens_is_a_loop_over_unpadded_samples(
     store, _ = stored
     student = make_model()
     losses, hits = reference_tokens(student, store)
-    metrics, sample_ce = evaluate_tokens(
-        make_distiller(student, store, mode), KVDataset(store, with_kv=True), ALL, LAYER_MAP
-    )
+    metrics, sample_ce = evaluate_tokens(make_distiller(student, store, mode), KVDataset(store, with_kv=True), ALL)
     count = sum(map(len, losses))
     assert metrics["ce"] == pytest.approx(sum(map(sum, losses)) / count, rel=1e-5)
     assert metrics["token_accuracy"] == pytest.approx(sum(map(sum, hits)) / count)
@@ -132,13 +90,13 @@ def test_agreement_of_the_caches_is_a_loop_over_unpadded_samples(
     monkeypatch.setattr(evaluate, "EVAL_BATCH", batch_size)
     store, teacher = stored
     distiller = make_distiller(make_model(), store, mode)
-    metrics, _ = evaluate_tokens(distiller, KVDataset(store, with_kv=True), ALL, LAYER_MAP)
+    metrics, _ = evaluate_tokens(distiller, KVDataset(store, with_kv=True), ALL)
 
     predictions, targets, students = [], [], []
     for index, length in enumerate(LENGTHS):
         ids = torch.from_numpy(store.input_ids[index, :length].astype(np.int64))[None]
         _, kv = distiller.student_forward(ids, torch.ones_like(ids))
-        prediction, target = distiller.aligner(kv, teacher[index][:, :, None])
+        prediction, target = distiller.aligner(kv, teacher[index][list(LAYER_MAP)][:, :, None])
         predictions.append(prediction[:, :, 0].detach().double())
         targets.append(target[:, :, 0].double())
         students.append(kv[:, :, 0].detach())
@@ -161,17 +119,17 @@ def test_agreement_of_the_caches_is_a_loop_over_unpadded_samples(
 def test_agreement_without_an_aligner_is_cka_alone(stored: Stored, make_model: MakeModel) -> None:
     store, _ = stored
     distiller, dataset = make_distiller(make_model(), store, None), KVDataset(store, with_kv=True)
-    metrics, _ = evaluate_tokens(distiller, dataset, ALL, LAYER_MAP)
+    metrics, _ = evaluate_tokens(distiller, dataset, ALL)
     assert set(metrics) == {"ce", "token_accuracy", "cka_key", "cka_value"}
-    without_kv, _ = evaluate_tokens(distiller, KVDataset(store, with_kv=False), ALL, LAYER_MAP)
+    without_kv, _ = evaluate_tokens(distiller, KVDataset(store, with_kv=False), ALL)
     assert without_kv == {name: metrics[name] for name in ("ce", "token_accuracy")}
 
 
 def test_samples_are_reported_in_the_order_asked_for(stored: Stored, make_model: MakeModel) -> None:
     store, _ = stored
     distiller, dataset = make_distiller(make_model(), store, None), KVDataset(store, with_kv=False)
-    _, forward = evaluate_tokens(distiller, dataset, [5, 1, 7], LAYER_MAP)
-    _, backward = evaluate_tokens(distiller, dataset, [7, 1, 5], LAYER_MAP)
+    _, forward = evaluate_tokens(distiller, dataset, [5, 1, 7])
+    _, backward = evaluate_tokens(distiller, dataset, [7, 1, 5])
     assert forward == pytest.approx(backward[::-1], rel=1e-5)
 
 
@@ -246,11 +204,13 @@ def test_exact_match_asks_for_the_very_answer(
     stored: Stored, answering: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store, _ = stored
-    found = evaluate_answers(answering, tokenizer, store, ALL, 5)
+    found = evaluate_answers(answering, tokenizer, store, teachers_tokens(store), ALL, 5)
     # Sample i asks for the answer `w<i>`.
     assert found == {index: ("#### w7", index == 7) for index in ALL}
     records: list[dict[str, Any]] = [
         {**record, "answer": "" if i % 2 else " w7 "} for i, record in enumerate(store.records)
     ]
     monkeypatch.setattr(store, "records", records)
-    assert evaluate_answers(answering, tokenizer, store, [6, 1, 2], 5) == dict.fromkeys((6, 2), ("#### w7", True))
+    assert evaluate_answers(answering, tokenizer, store, teachers_tokens(store), [6, 1, 2], 5) == dict.fromkeys(
+        (6, 2), ("#### w7", True)
+    )

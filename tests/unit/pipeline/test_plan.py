@@ -15,6 +15,7 @@ PLAN = Plan(
     tokens=1000,
     truncated=0,
     store_bytes=10,
+    query_bytes=0,
     raw_bytes=20,
     free_bytes=10,
     forward_rate=100.0,
@@ -23,11 +24,12 @@ PLAN = Plan(
 )
 
 
-@pytest.mark.parametrize(("codec", "layers"), [("raw", "all"), ("int4", "ratio:2")])
-def test_the_plan_is_what_the_extraction_takes(tmp_path: Path, codec: str, layers: str) -> None:
-    config = ExtractConfig(
-        "qwen", tmp_path / "here" / "x.zarr", samples=60, eval_samples=8, max_tokens=60, codec=codec, layers=layers
-    )
+@pytest.mark.parametrize(
+    ("codec", "layers", "queries"), [("raw", "all", False), ("int4", "ratio:2", False), ("int4", "ratio:2", True)]
+)
+def test_the_plan_is_what_the_extraction_takes(tmp_path: Path, codec: str, layers: str, queries: bool) -> None:
+    kept = {"codec": codec, "layers": layers, "queries": queries}
+    config = ExtractConfig("qwen", tmp_path / "here" / "x.zarr", samples=60, eval_samples=8, max_tokens=60, **kept)
     plan = make_plan(config)
     assert list(tmp_path.iterdir()) == []
     store = extract(config).store
@@ -35,6 +37,9 @@ def test_the_plan_is_what_the_extraction_takes(tmp_path: Path, codec: str, layer
     files = [path for shard in range(store.num_shards) for path in store.shard_paths(shard)]
     written = sum(path.stat().st_size for path in files)
     assert plan.store_bytes <= written < 1.01 * plan.store_bytes
+    of_queries = sum(path.stat().st_size for path in files if "queries" in path.parts)
+    assert plan.query_bytes <= of_queries <= 1.01 * plan.query_bytes
+    assert (plan.query_bytes > 0) == queries
     assert plan.store_bytes < plan.raw_bytes if codec == "int4" else plan.store_bytes == plan.raw_bytes
     assert min(plan.forward_rate, plan.extract_rate, plan.read_rate) > 0
 

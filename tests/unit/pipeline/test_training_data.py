@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import numpy as np
 import pytest
 import torch
 from kvpipe.data.sample import Segment
 from kvpipe.kvcache.store import KVStore
 from kvpipe.pipeline.losses import IGNORED
-from kvpipe.pipeline.training_data import KVDataset, teacher_moments
+from kvpipe.pipeline.training_data import KVDataset
 from torch import Tensor
 
 LENGTHS = [7, 33, 4, 20, 64, 5, 32, 11, 9, 2]
@@ -113,29 +112,20 @@ def test_a_samples_permutation_depends_on_the_seed_and_nothing_else(stored: Stor
     assert not torch.equal(alone, other)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("batch_size", [1, 3, 16])
-def test_moments_are_those_of_the_unpadded_tokens(
-    make_segmented_store: MakeStore, dtype: torch.dtype, batch_size: int
-) -> None:
-    store, kv = make_segmented_store(LENGTHS, dtype=dtype)
-    mean, std = teacher_moments(store, range(10), batch_size=batch_size)
-    tokens = np.concatenate([sample.double().numpy() for sample in kv], axis=3)
-    assert mean.shape == std.shape == (3, 2, 1, 2, 1, 4)
-    np.testing.assert_allclose(mean[:, :, 0, :, 0], tokens.mean(3), rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(std[:, :, 0, :, 0], tokens.std(3), rtol=1e-5, atol=1e-6)
-
-
-def test_moments_read_the_chosen_samples_only(stored: Stored) -> None:
+def test_a_shuffled_batch_says_where_its_tokens_really_were(stored: Stored) -> None:
     store, kv = stored
-    mean, _ = teacher_moments(store, [4, 6, 0, 1], max_samples=2)
-    tokens = torch.cat([kv[4], kv[6]], dim=3).double()
-    torch.testing.assert_close(mean[:, :, 0, :, 0].double(), tokens.mean(3), rtol=1e-5, atol=1e-6)
+    batch = KVDataset(store, with_kv=True, shuffle_seed=3).__getitems__([1, 3])
+    for row, index in enumerate([1, 3]):
+        length = LENGTHS[index]
+        order = batch["teacher_positions"][row, :length]
+        assert sorted(order.tolist()) == list(range(length))
+        assert torch.equal(batch["teacher_kv"][:, :, row, :, :length], kv[index][..., order, :])
 
 
-def test_normalised_tokens_have_mean_zero_and_variance_one(stored: Stored) -> None:
-    store, kv = stored
-    mean, std = teacher_moments(store, range(10))
-    tokens = torch.cat([(sample - mean[:, :, 0]) / std[:, :, 0] for sample in kv], dim=3)
-    torch.testing.assert_close(tokens.mean(3), torch.zeros(3, 2, 2, 4), rtol=0, atol=1e-5)
-    torch.testing.assert_close(tokens.std(3, correction=0), torch.ones(3, 2, 2, 4), rtol=0, atol=1e-4)
+def test_the_kv_of_some_segments_is_compared_alone(stored: Stored) -> None:
+    store, _ = stored
+    batch = KVDataset(store, with_kv=True, segments=[Segment.PROMPT, Segment.ANSWER]).__getitems__([3, 0])
+    segments = store.segment_ids[[3, 0], : LENGTHS[3]]
+    assert (
+        batch["kv_mask"].tolist() == ((segments == Segment.PROMPT) | (segments == Segment.ANSWER)).astype(int).tolist()
+    )

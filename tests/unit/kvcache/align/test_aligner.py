@@ -10,13 +10,14 @@ import pytest
 import torch
 from kvpipe.kvcache.align.aligner import Aligner, AlignerConfig, Direction, Mode
 from kvpipe.kvcache.align.head_projection import KVSpace
+from kvpipe.kvcache.errors import ConfigError
 from torch import Tensor
 
 STUDENT, TEACHER = KVSpace(2, 6), KVSpace(3, 4)
-LAYER_MAP, TEACHER_LAYERS = (1, 3), 4
-MODES: list[Mode] = ["structured", "flat"]
-DIRECTIONS: list[Direction] = ["student-to-teacher", "teacher-to-student-joint"]
-CONFIG = AlignerConfig("structured", "student-to-teacher", LAYER_MAP, STUDENT, TEACHER)
+LAYERS = 2
+MODES: list[Mode] = ["structured", "flat", "flat-global", "bottleneck"]
+DIRECTIONS: list[Direction] = ["student-to-teacher", "teacher-to-student-frozen", "teacher-to-student-joint"]
+CONFIG = AlignerConfig("structured", "student-to-teacher", LAYERS, STUDENT, TEACHER)
 
 BOTH = pytest.mark.parametrize("direction", DIRECTIONS)
 EITHER = pytest.mark.parametrize("mode", MODES)
@@ -24,13 +25,13 @@ EITHER = pytest.mark.parametrize("mode", MODES)
 
 def make_aligner(mode: Mode, direction: Direction, seed: int = 0) -> Aligner:
     torch.manual_seed(seed)
-    return Aligner(replace(CONFIG, mode=mode, direction=direction))
+    return Aligner(replace(CONFIG, mode=mode, direction=direction, size=3 if mode == "bottleneck" else None))
 
 
 def kv_pair(seed: int = 0, batch: int = 2, tokens: int = 5) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    student = torch.randn(len(LAYER_MAP), 2, batch, STUDENT.num_kv_heads, tokens, STUDENT.head_dim, generator=generator)
-    teacher = torch.randn(TEACHER_LAYERS, 2, batch, TEACHER.num_kv_heads, tokens, TEACHER.head_dim, generator=generator)
+    student = torch.randn(LAYERS, 2, batch, STUDENT.num_kv_heads, tokens, STUDENT.head_dim, generator=generator)
+    teacher = torch.randn(LAYERS, 2, batch, TEACHER.num_kv_heads, tokens, TEACHER.head_dim, generator=generator)
     return student, 3 * teacher + 1
 
 
@@ -44,19 +45,19 @@ def test_prediction_and_target_lie_in_the_space_of_the_side_that_stays(mode: Mod
     student, teacher = kv_pair()
     prediction, target = make_aligner(mode, direction)(student, teacher)
     space = TEACHER if direction == "student-to-teacher" else STUDENT
-    expected = (len(LAYER_MAP), 2, 2, space.num_kv_heads, 5, space.head_dim)
+    expected = (LAYERS, 2, 2, space.num_kv_heads, 5, space.head_dim)
     assert prediction.shape == target.shape == expected
 
 
 @BOTH
 @EITHER
-def test_the_teacher_is_mapped_by_layer_and_normalised(mode: Mode, direction: Direction) -> None:
+def test_the_teacher_is_normalised(mode: Mode, direction: Direction) -> None:
     aligner = make_aligner(mode, direction)
     student, teacher = kv_pair(tokens=40)
     mean, std = moments(teacher)
     aligner.set_normalisation(mean, std)
     prediction, target = aligner(student, teacher)
-    normalised = torch.stack([(teacher[layer] - mean[layer]) / std[layer] for layer in LAYER_MAP])
+    normalised = (teacher - mean) / std
     if direction == "student-to-teacher":
         torch.testing.assert_close(target, normalised)
         torch.testing.assert_close(prediction, aligner.projection(student))
@@ -71,7 +72,7 @@ def test_a_constant_channel_is_centred_and_not_blown_up(direction: Direction) ->
     student, teacher = kv_pair()
     teacher[:, :, :, 1, :, 2] = 7.5
     aligner.set_normalisation(*moments(teacher))
-    constant = (teacher[list(LAYER_MAP)] - aligner.mean) / aligner.std
+    constant = (teacher - aligner.mean) / aligner.std
     assert torch.equal(constant[:, :, :, 1, :, 2], torch.zeros(2, 2, 2, 5))
     assert all(torch.isfinite(side).all() for side in aligner(student, teacher))
 
@@ -107,15 +108,30 @@ def test_permuting_the_batch_permutes_both_sides(mode: Mode, direction: Directio
         torch.testing.assert_close(permuted, side[:, :, order])
 
 
-@BOTH
-@EITHER
-def test_only_mapped_layers_matter(mode: Mode, direction: Direction) -> None:
-    aligner = make_aligner(mode, direction)
-    student, teacher = kv_pair()
-    changed = teacher.clone()
-    changed[[0, 2]] = 99.0
-    for side, again in zip(aligner(student, teacher), aligner(student, changed), strict=True):
-        assert torch.equal(side, again)
+@pytest.mark.parametrize("mode", MODES)
+def test_a_frozen_map_is_not_trained(mode: Mode) -> None:
+    aligner = make_aligner(mode, "teacher-to-student-frozen")
+    assert not any(parameter.requires_grad for parameter in aligner.parameters())
+    assert not aligner(*kv_pair())[1].requires_grad
+
+
+def test_only_a_joint_target_moves() -> None:
+    assert [make_aligner("flat", direction).target_moves for direction in DIRECTIONS] == [False, False, True]
+
+
+def test_equal_shapes_are_compared_as_they_are() -> None:
+    _, teacher = kv_pair(tokens=40)
+    aligner = Aligner(replace(CONFIG, mode="identity", student=TEACHER))
+    aligner.set_normalisation(*moments(teacher))
+    prediction, target = aligner(teacher + 1, teacher)
+    torch.testing.assert_close(prediction, (teacher + 1 - aligner.mean) / aligner.std)
+    torch.testing.assert_close(target, (teacher - aligner.mean) / aligner.std)
+    assert list(aligner.parameters()) == []
+
+
+def test_unequal_shapes_cannot_be_compared_as_they_are() -> None:
+    with pytest.raises(ConfigError, match=r"expected 3 KV heads of 4 channels, found 2 of 6\. Choose --mode"):
+        Aligner(replace(CONFIG, mode="identity"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -140,12 +156,12 @@ def test_a_saved_aligner_comes_back(mode: Mode, direction: Direction, tmp_path: 
 
 
 def test_every_option_of_a_structured_aligner_is_saved(tmp_path: Path) -> None:
-    config = replace(CONFIG, share_dim_proj=False, init_uniform=True)
+    config = replace(CONFIG, share_dim_proj=False, share_layers=True, start="uniform", size=3)
     Aligner(config).save(tmp_path)
     assert Aligner.load(tmp_path).config == config
-    assert json.loads((tmp_path / "aligner.json").read_text())["layer_map"] == list(LAYER_MAP)
+    assert json.loads((tmp_path / "aligner.json").read_text())["size"] == 3
 
 
 def test_the_normalisation_is_not_trained() -> None:
     names = {name for name, _ in make_aligner("flat", "student-to-teacher").named_parameters()}
-    assert names == {"projection.weight", "projection.bias"}
+    assert names == {"projection.factors.0", "projection.bias"}

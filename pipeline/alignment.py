@@ -1,0 +1,142 @@
+"""From a recipe to the alignment of one store with one student: layer map, view, projection, all before training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from transformers import PreTrainedModel, set_seed
+
+from ..data.sample import Segment, select_segments
+from ..kvcache.align.aligner import Aligner, AlignerConfig
+from ..kvcache.align.cka import CKAMatrix
+from ..kvcache.align.closed_form import ClosedForm, GramMoments, closed_form
+from ..kvcache.align.head_projection import KVSpace, LinearProjection
+from ..kvcache.align.layer_map import LayerMap, cka_map, layer_map
+from ..kvcache.align.parameter_match import matched_size
+from ..kvcache.align.teacher_view import TeacherView
+from ..kvcache.rope import rope_of, rope_parameters
+from ..kvcache.store import KVStore
+from .compatibility import require_layers, require_queries
+from .config import DistillConfig
+from .distiller import KVDistiller
+from .loss_terms import needs_aligner, needs_queries, parse_kv_loss
+from .paired_kv import paired_kv
+from .student_text import StudentText, resolve_time_map
+from .teacher_moments import teacher_moments
+from .training_data import KVDataset
+
+FIT_SAMPLES = 256
+"""Of the training samples, for whatever is computed before training."""
+
+
+def build_distiller(
+    config: DistillConfig, store: KVStore, student: PreTrainedModel, text: StudentText, train: Sequence[int]
+) -> KVDistiller:
+    """The student with its view of the teacher and its aligner. Shapes come from the store and from one forward of the
+    student, never from flags. Raises ConfigError or StoreError where recipe, store and student do not fit together.
+    """
+    view = build_view(config, store, student, text, train)
+    terms = parse_kv_loss(config.kv_loss) if config.mode != "none" else ()
+    distiller = KVDistiller(student, view, None, terms, config.kv_weight)
+    if needs_queries(terms):
+        require_queries(store, config.kv_loss, resolve_time_map(config.time_map, text))
+    if needs_aligner(terms):
+        distiller.aligner = _aligner(config, distiller, store, kv_dataset(config, store, text), train)
+    return distiller
+
+
+def kv_dataset(config: DistillConfig, store: KVStore, text: StudentText, *, shuffled: bool = False) -> KVDataset:
+    """The batches that a recipe compares KV on."""
+    segments = None
+    if config.kv_segments != "all":
+        segments = [Segment[name.upper()] for name in select_segments(config.kv_segments)]
+    return KVDataset(
+        store,
+        text,
+        with_kv=True,
+        with_queries=config.mode != "none" and needs_queries(parse_kv_loss(config.kv_loss)),
+        time_map=resolve_time_map(config.time_map, text),
+        segments=segments,
+        shuffle_seed=config.seed if shuffled and config.shuffle_kv else None,
+    )
+
+
+def build_view(
+    config: DistillConfig, store: KVStore, student: PreTrainedModel, text: StudentText, train: Sequence[int]
+) -> TeacherView:
+    """How the student sees the teacher's KV. RoPE is asked for only where something has to be undone."""
+    unrotated = config.key_space == "pre-rope"
+    warped = resolve_time_map(config.time_map, text) != "identity"
+    num_stored = store.geometry.num_layers
+    view = TeacherView(
+        layer_map=LayerMap.identity(num_stored),
+        key_space=config.key_space,
+        teacher_rope=rope_of(store.manifest.rope, store.geometry.head_dim) if unrotated or warped else None,
+        student_rope=rope_of(rope_parameters(student), _student_space(student).head_dim) if unrotated else None,
+    )
+    if config.layer_map == "cka":
+        similarity = layer_similarity(KVDistiller(student, view), kv_dataset(config, store, text), train)
+        return replace(view, layer_map=cka_map(similarity))
+    num_layers = student.config.get_text_config(decoder=True).num_hidden_layers
+    chosen = layer_map(config.layer_map, num_layers, store.manifest.teacher.num_layers)
+    return replace(view, layer_map=require_layers(store, chosen))
+
+
+def layer_similarity(distiller: KVDistiller, dataset: KVDataset, indices: Sequence[int]) -> torch.Tensor:
+    """CKA `[Ls, L]` of the student's layers, as they are, with those of the distiller's view."""
+    matrix = CKAMatrix()
+    for pair in paired_kv(distiller, dataset, indices[:FIT_SAMPLES]):
+        matrix.update(pair.student, pair.teacher, pair.mask)
+    return matrix.value()
+
+
+def _aligner(
+    config: DistillConfig, distiller: KVDistiller, store: KVStore, dataset: KVDataset, train: Sequence[int]
+) -> Aligner:
+    student, teacher = _student_space(distiller.student), KVSpace(store.geometry.num_kv_heads, store.geometry.head_dim)
+    source, target = (student, teacher) if config.direction == "student-to-teacher" else (teacher, student)
+    set_seed(config.seed)
+    aligner = Aligner(
+        AlignerConfig(
+            mode=config.mode,  # type: ignore[arg-type]
+            direction=config.direction,
+            num_layers=distiller.view.layer_map.num_student_layers,
+            student=student,
+            teacher=teacher,
+            share_dim_proj=config.share_dim_proj,
+            share_layers=config.share_layers,
+            start=config.start,
+            size=matched_size(config.mode, config.match_params, source, target, share_dim_proj=config.share_dim_proj),
+        )
+    )
+    aligner.set_normalisation(*teacher_moments(distiller, dataset, train))
+    if config.start == "closed-form" or config.direction == "teacher-to-student-frozen":
+        fit_aligner(aligner, config.closed_form, distiller, dataset, train)
+    return aligner
+
+
+def fit_aligner(
+    aligner: Aligner, method: ClosedForm, distiller: KVDistiller, dataset: KVDataset, indices: Sequence[int]
+) -> None:
+    """Start the projection from its closed form, fitted to the student as it is now."""
+    moments = GramMoments()
+    for pair in paired_kv(distiller, dataset, indices[:FIT_SAMPLES]):
+        sides = [pair.student, aligner.normalise(pair.teacher)]
+        if aligner.config.direction != "student-to-teacher":
+            sides.reverse()
+        moments.update(sides[0], sides[1], pair.mask)
+    projection = aligner.projection
+    assert isinstance(projection, LinearProjection)
+    if len(projection.bias) == 1:
+        moments = moments.pooled()
+    projection.start_from(*closed_form(method, moments))
+
+
+@torch.no_grad()
+def _student_space(student: PreTrainedModel) -> KVSpace:
+    """Heads and channels of the student's KV as they are: head_dim is often not what the config says."""
+    ids = torch.zeros((1, 2), dtype=torch.long, device=student.device)
+    _, kv = KVDistiller(student, TeacherView(LayerMap.identity(1))).student_forward(ids, torch.ones_like(ids))
+    return KVSpace(kv.shape[3], kv.shape[5])

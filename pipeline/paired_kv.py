@@ -1,0 +1,38 @@
+"""Both sides' KV of the same tokens, before any training: what maps are fitted to and profiles are made of."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int, Shaped
+from torch import Tensor
+
+from .distiller import KVDistiller
+from .training_data import KVDataset
+
+BATCH = 16
+
+
+@dataclass(frozen=True)
+class PairedKV:
+    """One batch: the student's KV `[Ls, 2, B, Hs, T, Ds]`, the teacher's as the distiller's view lays it
+    `[L, 2, B, Ht, T, Dt]`, and a mask `[B, T]` of the tokens that both have."""
+
+    student: Float[Tensor, "Ls 2 B Hs T Ds"]
+    teacher: Shaped[Tensor, "L 2 B Ht T Dt"]
+    mask: Int[Tensor, "B T"]
+
+
+@torch.no_grad()
+def paired_kv(distiller: KVDistiller, dataset: KVDataset, indices: Sequence[int]) -> Iterator[PairedKV]:
+    """Batches of the samples at `indices`, with the student as it is now, on the student's device."""
+    training, device = distiller.training, distiller.student.device
+    distiller.eval()
+    for start in range(0, len(indices), BATCH):
+        chosen = [int(index) for index in indices[start : start + BATCH]]
+        batch = {name: tensor.to(device) for name, tensor in dataset.__getitems__(chosen).items()}
+        _, student = distiller.student_side(batch)
+        yield PairedKV(student, *distiller.teacher_side(batch))
+    distiller.train(training)

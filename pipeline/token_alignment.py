@@ -1,0 +1,44 @@
+"""Lay a teacher's tokens onto those of a student with another tokenizer, sample by sample."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+from jaxtyping import Int
+from torch import Tensor
+
+from ..kvcache.align.time_warp import Alignment, SampleMap, TimeMap, coverage, segment_map, span_map
+from ..kvcache.store import KVStore
+from .student_text import StudentText
+
+Reduce = Literal["last", "mean"]
+
+
+class TokenAlignment:
+    """The time maps of a store's samples for one student: by shared characters (`span-last`, `span-mean`) or by
+    stretching segments (`segment`)."""
+
+    def __init__(self, store: KVStore, text: StudentText, time_map: str) -> None:
+        self._store, self._text, self._time_map = store, text, time_map
+
+    def of(self, indices: Sequence[int], positions: Int[Tensor, "B K"] | None) -> TimeMap:
+        """Of a batch. `positions` are those of the teacher's tokens that a store keeps, None where it keeps all."""
+        time_map = TimeMap.from_samples([self._sample(int(index)) for index in indices])
+        return time_map if positions is None else time_map.restrict(positions)
+
+    def coverage(self, indices: Sequence[int]) -> Alignment:
+        """How many of the student's tokens have a counterpart."""
+        return sum((coverage(self._sample(index), *self._spans(index)) for index in indices), Alignment())
+
+    def _sample(self, index: int) -> SampleMap:
+        if self._time_map == "segment":
+            own, teachers = self._text.segment_ids[index], self._store.segment_ids[index]
+            return segment_map(own[: self._text.length[index]], teachers[: self._store.length[index]])
+        reduce: Reduce = "mean" if self._time_map == "span-mean" else "last"
+        return span_map(*self._spans(index), reduce)
+
+    def _spans(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        own = self._text.spans if self._text.spans is not None else self._store.spans
+        return own[index, : self._text.length[index]], self._store.spans[index, : self._store.length[index]]
