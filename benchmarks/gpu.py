@@ -1,5 +1,5 @@
 """Extraction on a GPU: wall over bare forward for Qwen2.5-0.5B- and 7B-shaped teachers with random weights; raw, in
-four bits, and with half of the tokens evicted by R-KV.
+four bits, and with half of the tokens evicted by R-KV. And what alignment adds to a student's step.
 
 `python benchmarks/gpu.py` needs a CUDA device and about 40 GB of it for the larger shape. Aim: <= 1.10.
 """
@@ -10,33 +10,15 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import alignment
 import extraction
 import torch
 from kvpipe.pipeline.models import load_tokenizer
+from shapes import QWEN_05B, QWEN_7B
 from side_by_side import HEADER
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import Qwen2ForCausalLM
 
-SHAPES = {
-    "qwen2.5-0.5b-shape": Qwen2Config(
-        vocab_size=151936,
-        hidden_size=896,
-        intermediate_size=4864,
-        num_hidden_layers=24,
-        num_attention_heads=14,
-        num_key_value_heads=2,
-        tie_word_embeddings=True,
-    ),
-    "qwen2.5-7b-shape": Qwen2Config(
-        vocab_size=152064,
-        hidden_size=3584,
-        intermediate_size=18944,
-        num_hidden_layers=28,
-        num_attention_heads=28,
-        num_key_value_heads=4,
-        tie_word_embeddings=False,
-    ),
-}
-
+SHAPES = {"qwen2.5-0.5b-shape": QWEN_05B, "qwen2.5-7b-shape": QWEN_7B}
 
 KEPT: list[dict[str, Any]] = [{}, {"codec": "int4"}, {"evict": "rkv", "budget": 0.5}]
 
@@ -52,6 +34,8 @@ def main() -> None:
             for kept in KEPT:
                 for found in extraction.measure(str(path), device="cuda", samples=600, **kept):
                     print(found.row, flush=True)  # noqa: T201
+    for found in alignment.measure(torch.device("cuda"), batch_size=8, num_tokens=512):
+        print(found.row, flush=True)  # noqa: T201
 
 
 if __name__ == "__main__":

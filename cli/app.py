@@ -18,6 +18,7 @@ from .extract import extract
 from .inspect import inspect
 from .models import models
 from .plan import plan
+from .profile import profile
 from .repair import repair
 from .verify import verify
 
@@ -29,7 +30,7 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode="rich",
 )
-for command in (plan, extract, distill, inspect, verify, repair, bench, models):
+for command in (plan, extract, profile, distill, inspect, verify, repair, bench, models):
     app.command()(command)
 app.add_typer(experiment, name="experiment")
 

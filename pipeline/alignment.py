@@ -41,7 +41,7 @@ def build_distiller(
     terms = parse_kv_loss(config.kv_loss) if config.mode != "none" else ()
     distiller = KVDistiller(student, view, None, terms, config.kv_weight)
     if needs_queries(terms):
-        require_queries(store, config.kv_loss, resolve_time_map(config.time_map, text))
+        require_queries(store, config.kv_loss, resolve_time_map(config.time_map, text), view.layer_map)
     if needs_aligner(terms):
         distiller.aligner = _aligner(config, distiller, store, kv_dataset(config, store, text), train)
     return distiller

@@ -98,9 +98,9 @@ def require_positions(student: PreTrainedModel, store: KVStore, text: StudentTex
         )
 
 
-def require_queries(store: KVStore, kv_loss: str, time_map: str) -> None:
+def require_queries(store: KVStore, kv_loss: str, time_map: str, layer_map: LayerMap) -> None:
     """Raise StoreError for a loss that needs the teacher's queries where they are not stored, ConfigError where the
-    student's tokens have none."""
+    student's tokens have none, or its layers learn from several at once."""
     if not store.manifest.queries:
         raise StoreError(
             f"--kv-loss {kv_loss} compares attention, and {store.path} has no queries",
@@ -114,4 +114,11 @@ def require_queries(store: KVStore, kv_loss: str, time_map: str) -> None:
             expected="a student with the teacher's tokenizer",
             found=f"--time-map {time_map}",
             remedy="Choose another --kv-loss",
+        )
+    if layer_map.one_to_one is None:
+        raise ConfigError(
+            f"--kv-loss {kv_loss} compares attention layer by layer",
+            expected="a layer map from each student layer to one teacher layer",
+            found="means of several",
+            remedy="Choose --layer-map ratio, skip or last, or another --kv-loss",
         )

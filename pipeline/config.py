@@ -16,7 +16,7 @@ from ..kvcache.align.layer_map import layer_map_text
 from ..kvcache.align.parameter_match import Match
 from ..kvcache.align.teacher_view import KeySpace
 from ..kvcache.errors import ConfigError
-from .loss_terms import needs_aligner, parse_kv_loss
+from .loss_terms import needs_aligner, needs_queries, parse_kv_loss
 
 DistillMode = Literal["structured", "flat", "flat-global", "bottleneck", "identity", "none"]
 TimeMapping = Literal["auto", "identity", "span-last", "span-mean", "segment"]
@@ -86,14 +86,17 @@ class DistillConfig:
 
     def _require_recipe(self) -> None:
         """Raise ConfigError for alignment options that do not go together."""
+        terms = parse_kv_loss(self.kv_loss)
         if self.mode == "none" and self.shuffle_kv:
             raise _refuse("shuffle_kv", "a mode that uses KV", "mode none")
         try:
             select_segments(self.kv_segments)
         except DataError as error:
             raise _refuse("kv_segments", "all, or some of prompt, reasoning, answer", self.kv_segments) from error
-        if self.mode not in ("none", "identity") and not needs_aligner(parse_kv_loss(self.kv_loss)):
+        if self.mode not in ("none", "identity") and not needs_aligner(terms):
             raise _refuse("mode", f"identity with --kv-loss {self.kv_loss}, which projects nothing", self.mode)
+        if self.key_space == "pre-rope" and needs_queries(terms):
+            raise _refuse("key_space", f"post-rope with --kv-loss {self.kv_loss}, as attention has it", self.key_space)
         if self.mode == "identity" and self.direction != "student-to-teacher":
             raise _refuse("direction", "student-to-teacher with mode identity, which maps nothing", self.direction)
         if self.share_layers and self.mode != "structured":

@@ -11,16 +11,17 @@ from torch import Tensor
 
 from ..kvcache.errors import ConfigError
 from .kv_losses import (
-    attention_kl,
-    attention_received,
+    attention_weights,
     kv_cka,
+    kv_cosine,
     kv_hybrid,
     kv_kava,
-    kv_mercator,
     kv_relation,
     kv_smooth_l1,
+    kv_structural,
+    kv_weighted_mse,
 )
-from .losses import kv_mse, mean_over_tokens
+from .losses import kv_mse
 
 
 @dataclass(frozen=True)
@@ -52,23 +53,22 @@ class KVBatch:
 
 
 def _structural(batch: KVBatch) -> Tensor:
-    """The direction of keys and values, and the attention that the keys bring about."""
+    prediction, target, mask = batch.aligned
     student, teacher = batch.queries
-    attention = attention_kl(student, batch.student_kv[:, 0], teacher, batch.teacher_kv[:, 0], batch.mask)
-    return kv_mercator(*batch.aligned) + attention
+    return kv_structural(prediction, target, teacher, batch.teacher_kv[:, 0], student, batch.student_kv[:, 0], mask)
 
 
 def _attention_mse(batch: KVBatch) -> Tensor:
-    """Squared errors, weighed by how much attention a token gets from the teacher."""
+    """Errors count as much as the teacher attends to their tokens."""
     prediction, target, mask = batch.aligned
-    weights = attention_received(batch.queries[1], batch.teacher_kv[:, 0], mask)
-    return mean_over_tokens((prediction - target).square() * weights[:, None, :, None, :, None], mask)
+    _, teacher = batch.queries
+    return kv_weighted_mse(prediction, target, attention_weights(teacher, batch.teacher_kv[:, 0], mask), mask)
 
 
 ALIGNED: dict[str, Callable[[KVBatch], Tensor]] = {
     "mse": lambda batch: kv_mse(*batch.aligned),
     "smooth-l1": lambda batch: kv_smooth_l1(*batch.aligned),
-    "mercator": lambda batch: kv_mercator(*batch.aligned),
+    "mercator": lambda batch: kv_cosine(*batch.aligned),
     "hybrid": lambda batch: kv_hybrid(*batch.aligned),
     "kava": lambda batch: kv_kava(*batch.aligned),
     "structural": _structural,
@@ -83,6 +83,7 @@ RAW: dict[str, Callable[[KVBatch], Tensor]] = {
 """Those that compare what each side has of its own, whatever its shape."""
 
 WITH_QUERIES = {"structural", "attention-mse"}
+"""Those that look at attention as well."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ def parse_kv_loss(text: str) -> tuple[LossTerm, ...]:
 def _parse_term(text: str) -> LossTerm:
     name, *numbers = (part.strip() for part in text.split(":"))
     if name not in ALIGNED | RAW:
-        raise _refuse(f"some of {', '.join(ALIGNED | RAW)}", name or "nothing")
+        raise _refuse(f"some of {', '.join(ALIGNED | RAW)}", name)
     try:
         weight, warmup = [*map(float, numbers), *(1.0, 0.0)[len(numbers) :]]
     except ValueError as error:
@@ -125,14 +126,17 @@ def _parse_term(text: str) -> LossTerm:
 
 
 def _refuse(expected: str, found: str) -> ConfigError:
-    return ConfigError("no such KV loss", expected=expected, found=found, remedy="Mend kv_loss (--kv-loss)")
+    # Quoted, so that a line break stays within the line.
+    return ConfigError("no such KV loss", expected=expected, found=repr(found), remedy="Mend kv_loss (--kv-loss)")
 
 
 def needs_aligner(terms: Sequence[LossTerm]) -> bool:
+    """Whether any term compares the sides in one space, as `KVBatch.aligned`."""
     return any(term.name in ALIGNED for term in terms)
 
 
 def needs_queries(terms: Sequence[LossTerm]) -> bool:
+    """Whether any term compares attention, and so needs `KVBatch.queries`."""
     return any(term.name in WITH_QUERIES for term in terms)
 
 

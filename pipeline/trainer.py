@@ -122,9 +122,15 @@ class DistillTrainer(Trainer):
         self._part_steps += 1
         if watched and self.state.global_step % self.args.logging_steps == 0:
             self._check_collapse(watched["target"], watched["target_mask"])
-        if watched and self.state.global_step % (SHARE_EVERY * self.args.logging_steps) == 0:
+        if watched and self._looks_at_gradients(distiller):
             self.monitor.gradient_share = gradient_share(distiller.student, watched["kv_loss"], loss)
         return loss
+
+    def _looks_at_gradients(self, distiller: KVDistiller) -> bool:
+        """Now and then, where there is an aligner to absorb anything, and once all of the loss is there."""
+        due = self.state.global_step % (SHARE_EVERY * self.args.logging_steps) == 0
+        warm = all(distiller.progress >= term.warmup for term in distiller.terms)
+        return due and warm and distiller.aligner is not None and distiller.kv_weight > 0
 
     def _check_collapse(self, target: Tensor, mask: Tensor) -> None:
         self.monitor.update(target, mask)

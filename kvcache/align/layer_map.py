@@ -155,8 +155,10 @@ def layer_map(name: str, num_student_layers: int, num_teacher_layers: int) -> La
 
 def layer_map_text(name: str) -> str:
     """A name of `layer_map` that depends on no file: of a `.json` file its text, on one line. Raises ConfigError where
-    there is no such file."""
-    return json.dumps(_read_json(Path(name)), separators=(",", ":")) if name.endswith(".json") else name
+    there is no such file, or no JSON in it."""
+    if name.endswith(".json"):
+        return json.dumps(_read_json(Path(name)), separators=(",", ":"))
+    return json.dumps(_parse_json(name, "the layer map"), separators=(",", ":")) if name.startswith("{") else name
 
 
 def cka_map(similarity: Float[Tensor, "Ls Lt"], top_k: int = 2, temperature: float = 0.1) -> LayerMap:

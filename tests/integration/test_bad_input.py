@@ -117,7 +117,7 @@ EXTRACT_CASES = {
     "other limit": _extract("--max-tokens", 64, place=STORED, says=("max_tokens differs", "expected 64, found 1024")),
 }
 DISTILL_CASES = {
-    "mode": _distill("--mode", "nosuch", says=("mode", "expected structured or flat or none", "nosuch")),
+    "mode": _distill("--mode", "nosuch", says=("mode", "expected structured or flat or flat-global or", "nosuch")),
     "direction": _distill("--direction", "up", says=("direction", "expected student-to-teacher or", "up")),
     "on collapse": _distill("--on-collapse", "cry", says=("collapse", "expected stop or warn", "cry")),
     "device": _distill("--device", "quantum", says=("expected auto, cpu, cuda", "found quantum", "--device")),
@@ -131,7 +131,9 @@ DISTILL_CASES = {
     "eval split": _distill("--eval-split", "nosuch", says=("expected train or validation or test, found nosuch",)),
     "unknown student": _distill("--student", "nosuch", says=("cannot load the student 'nosuch'", "--student")),
     "student's weights": _distill("--student", "cut", says=("cannot load the student 'cut'", "Mend --student")),
-    "other tokenizer": _distill("--student", "other", says=("another tokenizer than the student's",)),
+    "other tokens": _distill(
+        "--student", "other", "--time-map", "identity", says=("student and teacher read different tokens", "--time-map")
+    ),
     "no folder for it": _distill("--output-dir", "file/run", says=("file/run",)),
     "a model's folder": _distill("--output-dir", "teacher", says=("teacher is not a run directory", "expected")),
     "no store": _distill("--store", "no.zarr", says=("no KV store at no.zarr", "expected", "found nothing")),

@@ -167,7 +167,7 @@ def test_the_aligner_loads_again(run_of: Callable[[str], Path], arm: str) -> Non
     aligner = Aligner.load(run_of(arm))
     assert sum(p.numel() for p in aligner.parameters()) == ALIGNER_PARAMETERS[arm]
     student = torch.zeros(STUDENT_LAYERS, 2, 1, STUDENT_HEADS, 3, STUDENT_DIM)
-    teacher = torch.zeros(TEACHER_LAYERS, 2, 1, TEACHER_HEADS, 3, TEACHER_DIM)
+    teacher = torch.zeros(STUDENT_LAYERS, 2, 1, TEACHER_HEADS, 3, TEACHER_DIM)
     prediction, target = aligner(student, teacher)
     assert prediction.shape == target.shape == (STUDENT_LAYERS, 2, 1, TEACHER_HEADS, 3, TEACHER_DIM)
 
