@@ -178,7 +178,7 @@ def distill(
         typer.secho("The distillation target collapsed during this run.", fg=typer.colors.YELLOW, err=True)
     if record["absorbed"]:
         typer.secho(
-            "Hardly any of the student's gradient came from the KV loss in the end: the aligner absorbs it.",
+            "Hardly any of the student's gradient came from the KV loss when last looked at: the aligner absorbs it.",
             fg=typer.colors.YELLOW,
             err=True,
         )

@@ -33,15 +33,16 @@ def profile(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     html: Annotated[Path | None, typer.Option(help="Write a page with heat maps.")] = None,
     save_layer_map: Annotated[
-        Path | None, typer.Option(help="Write the suggested layer map, for --layer-map of `distill`.")
+        Path | None, typer.Option(help="Write the suggested layer map, a .json file for --layer-map of `distill`.")
     ] = None,
     device: Annotated[str, typer.Option(help="auto (CUDA where there is one), cpu, cuda or cuda:N.")] = "auto",
 ) -> None:
     """Say what a store and a student have in common, before any training: which layers, by which map, at what cost.
 
-    Nothing is trained and the teacher is never loaded.
+    Nothing but a copy of the student is trained, for a few timed steps. The teacher is never loaded.
     """
     from ..kvcache.align.layer_map import write_layer_map
+    from ..kvcache.errors import ConfigError
     from ..pipeline.config import DistillConfig
     from ..pipeline.distill import find_store
     from ..pipeline.profile import profile as run
@@ -57,6 +58,10 @@ def profile(
         "seed": seed,
     }
     config = DistillConfig.from_mapping(given, "the command line")
+    if save_layer_map is not None and save_layer_map.suffix != ".json":
+        raise ConfigError(
+            "no such layer map file", expected="a .json file", found=save_layer_map, remedy="Mend --save-layer-map"
+        )
     found = run(config, find_store(store), samples=samples, device=device)
     if html is not None:
         write_profile_page(found, html)

@@ -108,7 +108,8 @@ def rope_parameters(model: PreTrainedModel) -> dict[str, Any]:
     config = model.config.get_text_config(decoder=True)
     parameters = getattr(config, "rope_parameters", None)
     if not parameters:
-        return {}
+        # Old architectures rotate without saying how: that is refused by its name where it has to be undone.
+        return {"rope_type": config.model_type} if getattr(config, "rotary_dim", None) else {}
     recorded = {**parameters, "max_position_embeddings": getattr(config, "max_position_embeddings", None)}
     layout = _find_layout(model, recorded)
     return json.loads(json.dumps(recorded | ({"layout": layout} if layout else {}), default=str))

@@ -16,6 +16,7 @@ from ..kvcache.align.head_projection import KVSpace, LinearProjection
 from ..kvcache.align.layer_map import LayerMap, cka_map, layer_map
 from ..kvcache.align.parameter_match import matched_size
 from ..kvcache.align.teacher_view import TeacherView
+from ..kvcache.errors import ConfigError
 from ..kvcache.rope import rope_of, rope_parameters
 from ..kvcache.store import KVStore
 from .compatibility import require_layers, require_queries
@@ -42,13 +43,17 @@ def build_distiller(
     distiller = KVDistiller(student, view, None, terms, config.kv_weight)
     if needs_queries(terms):
         require_queries(store, config.kv_loss, resolve_time_map(config.time_map, text), view.layer_map)
+    if terms:
+        _require_compared(config, distiller, kv_dataset(config, store, text, queries=False), train)
     if needs_aligner(terms):
         distiller.aligner = _aligner(config, distiller, store, kv_dataset(config, store, text), train)
     return distiller
 
 
-def kv_dataset(config: DistillConfig, store: KVStore, text: StudentText, *, shuffled: bool = False) -> KVDataset:
-    """The batches that a recipe compares KV on."""
+def kv_dataset(
+    config: DistillConfig, store: KVStore, text: StudentText, *, shuffled: bool = False, queries: bool = True
+) -> KVDataset:
+    """The batches that a recipe compares KV on; evaluations need no queries."""
     segments = None
     if config.kv_segments != "all":
         segments = [Segment[name.upper()] for name in select_segments(config.kv_segments)]
@@ -56,11 +61,23 @@ def kv_dataset(config: DistillConfig, store: KVStore, text: StudentText, *, shuf
         store,
         text,
         with_kv=True,
-        with_queries=config.mode != "none" and needs_queries(parse_kv_loss(config.kv_loss)),
+        with_queries=queries and config.mode != "none" and needs_queries(parse_kv_loss(config.kv_loss)),
         time_map=resolve_time_map(config.time_map, text),
         segments=segments,
         shuffle_seed=config.seed if shuffled and config.shuffle_kv else None,
     )
+
+
+def _require_compared(config: DistillConfig, distiller: KVDistiller, dataset: KVDataset, train: Sequence[int]) -> None:
+    """Raise ConfigError where a student's tokens have no counterpart in the store: nothing would be learned of it."""
+    every = config.kv_segments == "all" and dataset.alignment is None
+    if not every and not any(int(pair.mask.sum()) for pair in paired_kv(distiller, dataset, train[:FIT_SAMPLES])):
+        raise ConfigError(
+            f"no token of the first {min(FIT_SAMPLES, len(train))} samples is compared",
+            expected="tokens of --kv-segments that the store keeps the KV of",
+            found=f"--kv-segments {config.kv_segments}, of {', '.join(dataset.store.manifest.segments)}",
+            remedy="Mend --kv-segments or --time-map, or extract again with more --segments",
+        )
 
 
 def build_view(
@@ -113,7 +130,7 @@ def _aligner(
     )
     aligner.set_normalisation(*teacher_moments(distiller, dataset, train))
     if config.start == "closed-form" or config.direction == "teacher-to-student-frozen":
-        fit_aligner(aligner, config.closed_form, distiller, dataset, train)
+        fit_aligner(aligner.to(distiller.student.device), config.closed_form, distiller, dataset, train)
     return aligner
 
 

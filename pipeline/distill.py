@@ -79,7 +79,7 @@ def distill(
         return record
     with only_writer(run_dir):
         checkpoint = None if overwrite else last_checkpoint(run.checkpoints, identity)
-        parts = _build(config, store)
+        parts = _build(config, store, resolved)
         # Only now, when nothing the user can mend stands in the way, does the folder change.
         run.claim(identity, overwrite=overwrite)
         trainer = _trainer(parts, config, _arguments(config, run, resolved, save_steps), run, identity)
@@ -118,7 +118,7 @@ class _Parts:
         return evaluate_tokens(distiller, self.eval_data, self.held_out)
 
 
-def _build(config: DistillConfig, store: KVStore) -> _Parts:
+def _build(config: DistillConfig, store: KVStore, device: torch.device) -> _Parts:
     teachers_tokenizer = tokenizer_from_files(store.tokenizer_files())
     student = load_student(config.student, teachers_tokenizer, random_init=config.random_init, seed=config.seed)
     text, tokenizer = student_text(config, store, student)
@@ -133,10 +133,12 @@ def _build(config: DistillConfig, store: KVStore) -> _Parts:
         "data_order": hash_json(list(batches))[:16],
         "eval_samples": hash_json(held_out)[:16],
     }
-    distiller = build_distiller(config, store, student, text, train.tolist())
+    distiller = build_distiller(config, store, student.to(device), text, train.tolist())
     compared = kv_dataset(config, store, text, shuffled=True)
     data = compared if config.mode != "none" else KVDataset(store, text, with_kv=False)
-    return _Parts(distiller, tokenizer, data, batches, kv_dataset(config, store, text), held_out, pairing)
+    return _Parts(
+        distiller, tokenizer, data, batches, kv_dataset(config, store, text, queries=False), held_out, pairing
+    )
 
 
 def _trainer(

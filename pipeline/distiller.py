@@ -72,8 +72,7 @@ class KVDistiller(nn.Module):
         if not needs_queries(self.terms) or "teacher_queries" not in batch:
             logits, student_kv = self.student_side(batch)
             return logits, self._compared(student_kv, batch)
-        places = batch.get("kv_positions", torch.arange(batch["input_ids"].shape[1]).expand_as(batch["input_ids"]))
-        with recorded_queries(self.student, places) as queries:
+        with recorded_queries(self.student, batch.get("kv_positions")) as queries:
             logits, student_kv = self.student_side(batch)
         compared = self._compared(student_kv, batch)
         own = torch.stack([queries[layer] for layer in sorted(queries)])

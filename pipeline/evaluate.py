@@ -56,7 +56,7 @@ class KVAgreement:
         self._sums[name] = self._sums.get(name, 0.0) + value
 
     def metrics(self) -> dict[str, float]:
-        found = {name: total / self._tokens for name, total in self._sums.items()}
+        found = {name: total / max(1.0, self._tokens) for name, total in self._sums.items()}
         for kv, name in enumerate(("key", "value")):
             found[f"cka_{name}"] = sum(layer[kv].value() for layer in self._cka) / len(self._cka)
         return found

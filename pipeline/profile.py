@@ -183,5 +183,5 @@ def _alignment(dataset: KVDataset, chosen: list[int]) -> Alignment:
     """Equal tokens pair one to one."""
     if dataset.alignment is not None:
         return dataset.alignment.coverage(chosen)
-    tokens = int(dataset.text.length[chosen].sum())
-    return Alignment(tokens, tokens, tokens)
+    kept = int(dataset.store.kv_length[chosen].sum())
+    return Alignment(int(dataset.text.length[chosen].sum()), kept, kept)

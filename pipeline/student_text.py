@@ -36,7 +36,9 @@ def own_tokens(store: KVStore, tokenizer: PreTrainedTokenizerBase) -> StudentTex
     """The store's text in another tokenizer, as far as the teacher read it."""
     samples = [Sample(**record) for record in store.records]
     tokens = list(tokenize(samples, tokenizer, NO_LIMIT))
-    read = store.spans[..., 1].max(1)
+    last = store.spans[np.arange(len(tokens)), store.length - 1]
+    # A special token closes what was read whole, characters that no token holds included.
+    read = np.where(last[:, 0] == last[:, 1], NO_LIMIT, store.spans[..., 1].max(1))
     length = np.array([int((t.spans[:, 1] <= end).sum()) for t, end in zip(tokens, read, strict=True)], np.int32)
     shape = (len(tokens), int(length.max()))
     input_ids, spans = np.zeros(shape, np.int32), np.zeros((*shape, 2), np.int32)

@@ -32,6 +32,9 @@ Evaluate = Callable[[KVDistiller], dict[str, float]]
 WATCHED = ("target", "target_mask", "kv_loss")
 """What a step says of itself for the monitor, beside its losses."""
 
+MIN_TOKENS = 8
+"""A target of fewer is not looked at."""
+
 SHARE_EVERY = 10
 """Logged steps between two looks at the gradients: each costs two more backward passes."""
 
@@ -120,11 +123,16 @@ class DistillTrainer(Trainer):
         for part, value in outputs.items():
             self._part_sums[part] = value + self._part_sums.get(part, 0)
         self._part_steps += 1
-        if watched and self.state.global_step % self.args.logging_steps == 0:
+        if watched and self._looks_at_target(distiller, watched["target_mask"]):
             self._check_collapse(watched["target"], watched["target_mask"])
         if watched and self._looks_at_gradients(distiller):
             self.monitor.gradient_share = gradient_share(distiller.student, watched["kv_loss"], loss)
         return loss
+
+    def _looks_at_target(self, distiller: KVDistiller, mask: Tensor) -> bool:
+        """Now and then, where training can move it at all. A few tokens have no variance to speak of."""
+        moves = distiller.aligner is not None and distiller.aligner.target_moves
+        return moves and self.state.global_step % self.args.logging_steps == 0 and int(mask.sum()) >= MIN_TOKENS
 
     def _looks_at_gradients(self, distiller: KVDistiller) -> bool:
         """Now and then, where there is an aligner to absorb anything, and once all of the loss is there."""

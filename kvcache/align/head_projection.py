@@ -138,8 +138,8 @@ class BottleneckProjection(nn.Module):
     def __init__(self, num_layers: int, source: KVSpace, target: KVSpace, width: int) -> None:
         super().__init__()
         self.target = target
-        self.norm_weight = nn.Parameter(torch.ones(num_layers, 2, source.features))
-        self.norm_bias = nn.Parameter(torch.zeros(num_layers, 2, source.features))
+        self.layernorm_weight = nn.Parameter(torch.ones(num_layers, 2, source.features))
+        self.layernorm_bias = nn.Parameter(torch.zeros(num_layers, 2, source.features))
         self.down = nn.Parameter(torch.empty(num_layers, 2, source.features, width).normal_(std=source.features**-0.5))
         self.down_bias = nn.Parameter(torch.zeros(num_layers, 2, width))
         self.up = nn.Parameter(torch.empty(num_layers, 2, width, target.features).normal_(std=width**-0.5))
@@ -148,7 +148,9 @@ class BottleneckProjection(nn.Module):
     def forward(self, kv: Float[Tensor, "L 2 B Hin T Din"]) -> Float[Tensor, "L 2 B Hout T Dout"]:
         rows = _rows(kv)
         normalised = F.layer_norm(rows, rows.shape[-1:])
-        normalised = normalised * self.norm_weight.flatten(0, 1)[:, None] + self.norm_bias.flatten(0, 1)[:, None]
+        normalised = (
+            normalised * self.layernorm_weight.flatten(0, 1)[:, None] + self.layernorm_bias.flatten(0, 1)[:, None]
+        )
         hidden = F.silu(torch.baddbmm(self.down_bias.flatten(0, 1)[:, None], normalised, self.down.flatten(0, 1)))
         return _heads(torch.baddbmm(self.bias.flatten(0, 1)[:, None], hidden, self.up.flatten(0, 1)), kv, self.target)
 

@@ -264,6 +264,12 @@ def test_longrope_is_refused() -> None:
         RoPE.from_parameters(parameters, 8)
 
 
+def test_a_rotation_that_no_parameters_tell_of_is_refused() -> None:
+    config = transformers.GPTJConfig(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=64, rotary_dim=4)
+    with pytest.raises(ConfigError, match="found gptj"):
+        rope_of(rope_parameters(random_model(config)), 8)
+
+
 @pytest.mark.parametrize("rope_type", REQUIRED)
 def test_a_missing_number_is_named(rope_type: str) -> None:
     for name in ("rope_theta", *REQUIRED[rope_type]):

@@ -390,3 +390,14 @@ def test_a_student_that_is_the_teacher_attends_as_it_does(with_queries: KVStore,
         outputs = distiller(**dataset.__getitems__(ROWS))
     assert float(outputs["structural"]) < 1e-5
     assert float(outputs["attention-mse"]) < 1e-6
+
+
+@pytest.mark.parametrize("kv_loss", ["mse", "relation"])
+def test_a_recipe_that_compares_no_token_is_refused(
+    make_real_store: Callable[..., KVStore], student: PreTrainedModel, kv_loss: str
+) -> None:
+    answers = make_real_store(segments="answer")
+    mode = "identity" if kv_loss == "relation" else "flat"
+    config = DistillConfig(mode=mode, kv_loss=kv_loss, kv_segments="reasoning")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"no token of the first 24 samples is compared: expected .*, found .*answer"):
+        build_distiller(config, answers, student, teachers_tokens(answers), list(range(24)))

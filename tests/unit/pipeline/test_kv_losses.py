@@ -259,7 +259,7 @@ def test_a_layer_that_never_varies_is_not_blown_up() -> None:
     assert (std[:2] != 1).all()
 
 
-@pytest.mark.parametrize("scale", [1e-3, 1e4])
+@pytest.mark.parametrize("scale", [1e-8, 1e9])
 def test_cka_sees_neither_rotation_nor_scale_nor_shift(scale: float) -> None:
     generator = torch.Generator().manual_seed(0)
     kv = torch.randn(1, 2, 4, 2, 100, 3, generator=generator)

@@ -92,10 +92,11 @@ def test_more_padding_and_another_order_change_nothing(name: str, extra: int, or
 
 
 @every_loss
-def test_half_precision_loses_nothing_but_the_rounding_of_the_inputs(name: str) -> None:
-    half = changed(kv_batch(), Tensor.bfloat16)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_loses_nothing_but_the_rounding_of_the_inputs(name: str, dtype: torch.dtype) -> None:
+    half = changed(kv_batch(), lambda side: side.to(dtype))
     expected = loss_of(name, changed(half, Tensor.float))
-    # The squared error of two sides in bfloat16 has its digits; one side in float32 is enough to have more.
+    # The squared error of two sides in half precision has its digits; one side in float32 is enough to have more.
     digits = {"rtol": 1e-2, "atol": 0, "check_dtype": False} if name == "mse" else {}
     torch.testing.assert_close(loss_of(name, half), expected, **digits)
     with torch.autocast("cpu", torch.bfloat16):
@@ -110,6 +111,33 @@ def test_a_batch_in_which_no_token_counts_has_a_finite_loss_and_no_gradient(name
     assert loss.isfinite()
     for gradient in gradients(batch):
         assert torch.equal(gradient, torch.zeros_like(gradient))
+
+
+@every_loss
+def test_a_sample_in_which_no_token_counts_might_as_well_be_missing(name: str) -> None:
+    mask = MASK * torch.tensor([[1], [0], [1]])
+    batch = changed(kv_batch(), Tensor.requires_grad_, mask)
+    loss = loss_of(name, batch)
+    rest = changed(kv_batch(), lambda side: side[..., [0, 2], :, :, :], mask[[0, 2]])
+    torch.testing.assert_close(loss, loss_of(name, rest))
+    loss.backward()
+    for gradient in gradients(batch):
+        assert gradient.isfinite().all()
+        assert not gradient[..., 1, :, :, :].any()
+
+
+@every_loss
+def test_one_token_counts_as_if_it_were_alone(name: str) -> None:
+    alone = changed(kv_batch(), lambda side: side[..., :1, :, :1, :].clone().requires_grad_(), MASK[:1, :1])
+    loss = loss_of(name, alone)
+    loss.backward()
+    assert all(gradient.isfinite().all() for gradient in gradients(alone))
+    among_others = torch.zeros_like(MASK)
+    among_others[0, 0] = 1
+    torch.testing.assert_close(loss, loss_of(name, changed(kv_batch(), Tensor.clone, among_others)))
+    # It has no relation but to itself, does not vary, and gets all the attention there is.
+    known = {"relation": 0, "cka": 1, "attention-mse": kv_mse(*alone.aligned).item()}
+    assert loss.item() == pytest.approx(known.get(name, loss.item()))
 
 
 @pytest.mark.parametrize(

@@ -189,7 +189,7 @@ def test_a_bottleneck_is_a_normed_mlp_a_layer() -> None:
     for layer, kind in product(range(LAYERS), range(2)):
         rows = kv[layer, kind].transpose(1, 2).flatten(2)
         weight = {name: parameter[layer, kind] for name, parameter in projection.named_parameters()}
-        normed = F.layer_norm(rows, (12,), weight["norm_weight"], weight["norm_bias"])
+        normed = F.layer_norm(rows, (12,), weight["layernorm_weight"], weight["layernorm_bias"])
         hidden = F.silu(normed @ weight["down"] + weight["down_bias"])
         expected = (hidden @ weight["up"] + weight["bias"]).unflatten(2, (2, 5)).transpose(1, 2)
         torch.testing.assert_close(found[layer, kind], expected, rtol=1e-4, atol=1e-4)
