@@ -26,7 +26,7 @@ smoke: $(INSTALLED) ## a few samples and ten steps of every mode, in a temporary
 	$(BIN)/python benchmarks/smoke.py
 
 test: $(INSTALLED) ## the quick test suite
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 test-faults: $(INSTALLED) ## the whole fault-injection suite, with its counts
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 tests/faults --faults full
