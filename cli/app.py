@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import sys
+import threading
 from importlib import metadata
 
 import typer
@@ -62,6 +63,7 @@ def main() -> None:
     try:
         signal.signal(signal.SIGTERM, _stop)
         signal.signal(signal.SIGINT, _interrupt)
+        sys.unraisablehook = _signal_again
         _run()
     except KeyboardInterrupt:
         # A second Ctrl-C, while the first was being dealt with.
@@ -95,6 +97,16 @@ def _stop(*_: object) -> None:
 def _interrupt(*_: object) -> None:
     typer.secho("Interrupted. The same command goes on where it stopped.", err=True)
     raise KeyboardInterrupt
+
+
+def _signal_again(lost: sys.UnraisableHookArgs) -> None:
+    """A signal that strikes within a destructor would be printed and forgotten: send it once more, from a thread, for
+    this is still the destructor's time."""
+    again = {KeyboardInterrupt: signal.SIGINT, SystemExit: signal.SIGTERM}.get(lost.exc_type)
+    if again is None:
+        sys.__unraisablehook__(lost)
+    else:
+        threading.Timer(0.01, os.kill, (os.getpid(), again)).start()
 
 
 def _user_error_code(error: Exception) -> int | None:

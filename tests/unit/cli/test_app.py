@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from importlib.metadata import version
 from typing import Any
@@ -50,3 +52,33 @@ def test_the_version_is_told() -> None:
     result = CliRunner().invoke(app.app, ["--version"])
     assert result.exit_code == 0
     assert result.stdout == f"kvpipe {version('kvpipe')}\n"
+
+
+IN_A_DESTRUCTOR = """
+import os, signal, sys, time
+from kvpipe.cli import app
+
+class Short:
+    def __del__(self):
+        os.kill(os.getpid(), signal.{name})
+        time.sleep(0.01)
+
+signal.signal(signal.SIGINT, app._interrupt)
+signal.signal(signal.SIGTERM, app._stop)
+sys.unraisablehook = app._signal_again
+try:
+    Short()
+    time.sleep(20)
+except (KeyboardInterrupt, SystemExit):
+    print("stopped")
+"""
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_signal_within_a_destructor_is_not_forgotten(name: str) -> None:
+    """Python prints what a destructor raises, and goes on."""
+    done = subprocess.run(
+        [sys.executable, "-c", IN_A_DESTRUCTOR.format(name=name)], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "stopped\n"
+    assert "Traceback" not in done.stderr
