@@ -89,4 +89,4 @@ def _distiller(
 
 
 if __name__ == "__main__":
-    print(HEADER, *(found.row for found in measure(torch.device("cpu"), 2, 128)), sep="\n")  # noqa: T201
+    print(HEADER, *(found.row for found in measure(torch.device("cpu"), 1, 64)), sep="\n")  # noqa: T201
