@@ -6,6 +6,7 @@ Every layer has its own weights, or all share theirs, and so have key and value.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
@@ -32,7 +33,7 @@ class KVSpace:
         return self.num_kv_heads * self.head_dim
 
 
-class LinearProjection(nn.Module):
+class LinearProjection(nn.Module, ABC):
     """One linear map a layer over all heads and channels. `matrix` says what it is made of."""
 
     def __init__(self, num_layers: int, target: KVSpace) -> None:
@@ -40,9 +41,9 @@ class LinearProjection(nn.Module):
         self.target = target
         self.bias = nn.Parameter(torch.zeros(num_layers, 2, target.features))
 
+    @abstractmethod
     def matrix(self) -> Float[Tensor, "L 2 F G"]:
         """Rows are the source's (head, channel) pairs, columns the target's."""
-        raise NotImplementedError
 
     def start_from(self, weight: Float[Tensor, "L 2 F G"], bias: Float[Tensor, "L 2 G"]) -> None:
         """Become the map of this kind that is nearest to a given one, in the least squares of its entries."""
@@ -50,8 +51,9 @@ class LinearProjection(nn.Module):
             self._start_from(weight.to(self.bias))
             self.bias.copy_(bias)
 
+    @abstractmethod
     def _start_from(self, weight: Float[Tensor, "L 2 F G"]) -> None:
-        raise NotImplementedError
+        """Without gradients; the bias is taken care of."""
 
     def forward(self, kv: Float[Tensor, "L 2 B Hin T Din"]) -> Float[Tensor, "L 2 B Hout T Dout"]:
         rows = _rows(kv)
