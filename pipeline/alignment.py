@@ -44,9 +44,10 @@ def build_distiller(
     if needs_queries(terms):
         require_queries(store, config.kv_loss, resolve_time_map(config.time_map, text), view.layer_map)
     if terms:
-        _require_compared(config, distiller, kv_dataset(config, store, text, queries=False), train)
-    if needs_aligner(terms):
-        distiller.aligner = _aligner(config, distiller, store, kv_dataset(config, store, text), train)
+        dataset = kv_dataset(config, store, text, queries=False)
+        _require_compared(config, distiller, dataset, train)
+        if needs_aligner(terms):
+            distiller.aligner = _aligner(config, distiller, store, dataset, train)
     return distiller
 
 

@@ -201,7 +201,7 @@ def test_queries_are_mapped_like_kv() -> None:
 
 def test_means_have_a_gradient() -> None:
     kv = random_kv(4, torch.float64).requires_grad_()
-    torch.autograd.gradcheck(MEANS.apply, [kv])
+    assert torch.autograd.gradcheck(MEANS.apply, [kv])
 
 
 @pytest.mark.parametrize("name", LAYER_MAPS)
