@@ -33,7 +33,7 @@ def is_profiled(config: DistillConfig) -> bool:
     """Whether a recipe trains one of the maps that a profile fits, on the KV as it is."""
     kind = (config.mode, config.match_params)
     trained = (config.kv_loss, config.direction, config.start) == ("mse", "student-to-teacher", "random")
-    return kind in MATCHED and config.share_dim_proj and trained and not config.shuffle_kv
+    return kind in MATCHED and config.share_dim_proj and trained and config.kv_control == "none"
 
 
 def found_r2(configs: Iterable[DistillConfig], stores: Iterable[str], profiles: dict[Any, Profile]) -> float:

@@ -6,7 +6,7 @@ import subprocess
 import sys
 import tempfile
 
-MODES = (["structured"], ["flat"], ["none"], ["flat", "--shuffle-kv"])
+MODES = (["structured"], ["flat"], ["none"], ["flat", "--kv-control", "shuffled"])
 
 
 def kvpipe(folder: str, *arguments: str) -> None:

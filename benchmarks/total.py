@@ -10,16 +10,18 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from kvpipe.kvcache.layout import stack_past_kv
 from kvpipe.kvcache.store import KVStore
-from kvpipe.pipeline import distill as distill_module
+from kvpipe.pipeline import alignment as alignment_module
 from kvpipe.pipeline.config import DistillConfig
 from kvpipe.pipeline.distill import distill
 from kvpipe.pipeline.extract import extract
 from kvpipe.pipeline.extract_config import ExtractConfig
 from kvpipe.pipeline.models import load_teacher
+from kvpipe.pipeline.student_text import StudentText
 from kvpipe.pipeline.teacher_pass import capture_kv
 from kvpipe.pipeline.training_data import Batch, KVDataset
 from side_by_side import HEADER, Ratio, alternate, of_values, quiet
@@ -32,8 +34,8 @@ class LiveTeacherDataset(KVDataset):
 
     teacher = None
 
-    def __init__(self, store: KVStore, *, with_kv: bool, shuffle_seed: int | None = None) -> None:
-        super().__init__(store, with_kv=with_kv, shuffle_seed=shuffle_seed)
+    def __init__(self, store: KVStore, text: StudentText, *, with_kv: bool, **options: Any) -> None:
+        super().__init__(store, text, with_kv=with_kv, **options)
         if LiveTeacherDataset.teacher is None:
             LiveTeacherDataset.teacher = load_teacher("qwen", dtype="auto", device=torch.device("cpu"))
 
@@ -56,7 +58,7 @@ def measure(runs: int = RUNS) -> list[Ratio]:
         teacher_seconds = time.perf_counter() - start
 
         def run(dataset: type[KVDataset]) -> float:
-            distill_module.KVDataset = dataset  # type: ignore[misc]
+            alignment_module.KVDataset = dataset  # type: ignore[misc]
             config = DistillConfig(mode="flat", epochs=EPOCHS)
             record = distill(config, store, Path(folder) / "run", overwrite=True, progress=quiet())
             return record["seconds"]["setup"] + record["seconds"]["train"]

@@ -21,6 +21,7 @@ from .models import models
 from .plan import plan
 from .profile import profile
 from .repair import repair
+from .report import report
 from .verify import verify
 
 app = typer.Typer(
@@ -34,6 +35,7 @@ app = typer.Typer(
 for command in (plan, extract, profile, distill, inspect, verify, repair, bench, models):
     app.command()(command)
 app.add_typer(experiment, name="experiment")
+app.add_typer(report, name="report")
 
 
 _RUST_ERROR = re.compile(r"\(os error (\d+)\)")

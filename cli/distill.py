@@ -96,10 +96,14 @@ def distill(
             rich_help_panel=ALIGNMENT,
         ),
     ] = "ridge",
-    shuffle_kv: Annotated[
-        bool,
-        typer.Option("--shuffle-kv", help="Control: permute the teacher's KV in time.", rich_help_panel=ALIGNMENT),
-    ] = False,
+    kv_control: Annotated[
+        str,
+        typer.Option(
+            help="Controls: shuffled (the teacher's KV permuted in time) or random (noise of its mean and standard "
+            "deviation).",
+            rich_help_panel=ALIGNMENT,
+        ),
+    ] = "none",
     kv_loss: Annotated[
         str,
         typer.Option(
@@ -128,8 +132,14 @@ def distill(
         float, typer.Option("--epochs", "--num-train-epochs", help="Passes over the samples.", rich_help_panel=TRAINING)
     ] = 3.0,
     max_steps: Annotated[
-        int, typer.Option(help="Stop after so many steps (-1: never).", rich_help_panel=TRAINING)
+        int,
+        typer.Option(
+            help="Train for so many steps, whatever --epochs says (-1: as it says).", rich_help_panel=TRAINING
+        ),
     ] = -1,
+    max_train_tokens: Annotated[
+        int | None, typer.Option(help="Train for so many of the student's tokens instead.", rich_help_panel=TRAINING)
+    ] = None,
     samples: Annotated[
         int | None,
         typer.Option(help="Use the first so many training samples. \\[default: all]", rich_help_panel=TRAINING),
@@ -137,6 +147,13 @@ def distill(
     save_steps: Annotated[
         int | None,
         typer.Option(min=1, help="Steps between checkpoints. \\[default: one an epoch]", rich_help_panel=TRAINING),
+    ] = None,
+    report_to: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Trackers, each with an option of its own: tensorboard, wandb, trackio, mlflow, ...",
+            rich_help_panel=TRAINING,
+        ),
     ] = None,
     on_collapse: Annotated[
         str,
@@ -163,10 +180,18 @@ def distill(
     from ..pipeline.distill import find_store
 
     config = DistillConfig.from_mapping(
-        {field.name: given[field.name] for field in fields(DistillConfig)}, "the command line"
+        {field.name: given[field.name] for field in fields(DistillConfig)}, "the command line: {}".format
     )
     folder = output_dir or Path("runs") / config.name
-    record = run(config, find_store(store), folder, device=device, overwrite=overwrite, save_steps=save_steps)
+    record = run(
+        config,
+        find_store(store),
+        folder,
+        device=device,
+        overwrite=overwrite,
+        save_steps=save_steps,
+        report_to=report_to or (),
+    )
     metrics, seconds = record["metrics"], record["seconds"]
     shown = [f"{name} {value:.4f}" for name, value in metrics.items() if value is not None]
     typer.echo(f"{folder}: {', '.join(shown)}")

@@ -57,7 +57,7 @@ def profile(
         "key_space": key_space,
         "seed": seed,
     }
-    config = DistillConfig.from_mapping(given, "the command line")
+    config = DistillConfig.from_mapping(given, "the command line: {}".format)
     if save_layer_map is not None and save_layer_map.suffix != ".json":
         raise ConfigError(
             "no such layer map file", expected="a .json file", found=save_layer_map, remedy="Mend --save-layer-map"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -57,8 +58,21 @@ class ShuffledBatches(Sampler[list[int]]):
     def __len__(self) -> int:
         return -(-len(self._indices) // self.batch_size)
 
+    def steps_for(self, tokens: int) -> int:
+        """Batches, over as many epochs as it takes, until they hold at least `tokens`."""
+        seen = steps = 0
+        for epoch in count():
+            for batch in self._batches(epoch):
+                if seen >= tokens:
+                    return steps
+                seen, steps = seen + int(self._lengths[batch].sum()), steps + 1
+        raise AssertionError
+
     def __iter__(self) -> Iterator[list[int]]:
-        rng = np.random.default_rng([self._seed, self._epoch])
+        return self._batches(self._epoch)
+
+    def _batches(self, epoch: int) -> Iterator[list[int]]:
+        rng = np.random.default_rng([self._seed, epoch])
         bucket_size = self.batch_size * BUCKET_BATCHES
         pending = np.empty(0, np.int64)
         for window in self._windows(rng):

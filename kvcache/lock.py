@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -40,6 +42,23 @@ def only_writer(path: Path) -> Iterator[None]:
             lock.release()
 
 
+def is_held(path: Path) -> bool:
+    """Whether some process writes at `path` now, as far as can be known: one of another host's is taken at its word."""
+    try:
+        pid, host, *_ = lock_path(path).read_text(errors="replace").splitlines()
+    except (OSError, ValueError):
+        return False
+    if host != socket.gethostname():
+        return True
+    try:
+        os.kill(int(pid), 0)
+    except PermissionError:
+        return True
+    except (ProcessLookupError, ValueError, OverflowError):
+        return False
+    return True
+
+
 def _acquire(lock: SoftFileLock, path: Path) -> None:
     marker = lock_path(path)
     try:
@@ -56,7 +75,8 @@ def _acquire(lock: SoftFileLock, path: Path) -> None:
 def _retry_without_folder(lock: SoftFileLock, marker: Path) -> None:
     """Another process may take away the folder that it had made for its own marker, at any moment."""
     for _ in range(FOLDER_TRIES):
-        with suppress(FileNotFoundError):
+        # A folder may be there for mkdir to find, and gone before mkdir has looked at it.
+        with suppress(FileNotFoundError, FileExistsError):
             marker.parent.mkdir(parents=True, exist_ok=True)
             _remove_unsigned(marker)
             lock.acquire()

@@ -22,10 +22,11 @@ from ..kvcache.store import KVStore
 from .compatibility import require_layers, require_queries
 from .config import DistillConfig
 from .distiller import KVDistiller
+from .kv_controls import RandomKV, ShuffledKV
 from .loss_terms import needs_aligner, needs_queries, parse_kv_loss
 from .paired_kv import paired_kv
 from .student_text import StudentText, resolve_time_map
-from .teacher_moments import teacher_moments
+from .teacher_moments import stored_moments, teacher_moments
 from .training_data import KVDataset
 
 FIT_SAMPLES = 256
@@ -51,9 +52,7 @@ def build_distiller(
     return distiller
 
 
-def kv_dataset(
-    config: DistillConfig, store: KVStore, text: StudentText, *, shuffled: bool = False, queries: bool = True
-) -> KVDataset:
+def kv_dataset(config: DistillConfig, store: KVStore, text: StudentText, *, queries: bool = True) -> KVDataset:
     """The batches that a recipe compares KV on; evaluations need no queries."""
     segments = None
     if config.kv_segments != "all":
@@ -65,8 +64,19 @@ def kv_dataset(
         with_queries=queries and config.mode != "none" and needs_queries(parse_kv_loss(config.kv_loss)),
         time_map=resolve_time_map(config.time_map, text),
         segments=segments,
-        shuffle_seed=config.seed if shuffled and config.shuffle_kv else None,
     )
+
+
+def training_dataset(config: DistillConfig, store: KVStore, text: StudentText, train: Sequence[int]) -> KVDataset:
+    """The batches that a recipe learns from: those of `kv_dataset`, behind the recipe's control if it is one."""
+    if config.mode == "none":
+        return KVDataset(store, text, with_kv=False)
+    dataset = kv_dataset(config, store, text)
+    if config.kv_control == "shuffled":
+        dataset.control = ShuffledKV(config.seed)
+    elif config.kv_control == "random":
+        dataset.control = RandomKV(config.seed, stored_moments(dataset, train))
+    return dataset
 
 
 def _require_compared(config: DistillConfig, distiller: KVDistiller, dataset: KVDataset, train: Sequence[int]) -> None:

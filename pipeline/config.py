@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args, get_type_hints
 
@@ -16,11 +16,15 @@ from ..kvcache.align.layer_map import layer_map_text
 from ..kvcache.align.parameter_match import Match
 from ..kvcache.align.teacher_view import KeySpace
 from ..kvcache.errors import ConfigError
+from .kv_controls import KVControlName
 from .loss_terms import needs_aligner, needs_queries, parse_kv_loss
 
 DistillMode = Literal["structured", "flat", "flat-global", "bottleneck", "identity", "none"]
 TimeMapping = Literal["auto", "identity", "span-last", "span-mean", "segment"]
 OnCollapse = Literal["stop", "warn"]
+
+Where = Callable[[str], str]
+"""Says where a field was found: a place in a file, or an option."""
 
 MAX_SEED = 2**32
 """What NumPy's generator takes."""
@@ -42,7 +46,7 @@ class DistillConfig:
     match_params: Match = "none"
     start: Start = "random"
     closed_form: ClosedForm = "ridge"
-    shuffle_kv: bool = False
+    kv_control: KVControlName = "none"
     kv_loss: str = "mse"
     kv_segments: str = "all"
     kv_weight: float = 1.0
@@ -53,6 +57,7 @@ class DistillConfig:
     batch_size: int = 16
     epochs: float = 3.0
     max_steps: int = -1
+    max_train_tokens: int | None = None
     samples: int | None = None
     eval_split: str = "test"
     max_new_tokens: int = 64
@@ -63,51 +68,56 @@ class DistillConfig:
     def __post_init__(self) -> None:
         for name in ("kv_weight", "learning_rate", "aligner_learning_rate", "weight_decay", "epochs"):
             if not math.isfinite(getattr(self, name) or 0):
-                raise _refuse(name, "a finite number", getattr(self, name))
+                raise FieldError(name, "a finite number", getattr(self, name))
         for name in ("learning_rate", "batch_size", "epochs", "max_new_tokens"):
             if not getattr(self, name) > 0:
-                raise _refuse(name, "more than 0", getattr(self, name))
+                raise FieldError(name, "more than 0", getattr(self, name))
         if self.aligner_learning_rate is not None and not self.aligner_learning_rate > 0:
-            raise _refuse("aligner_learning_rate", "more than 0", self.aligner_learning_rate)
-        if self.samples is not None and self.samples < 1:
-            raise _refuse("samples", "at least 1", self.samples)
+            raise FieldError("aligner_learning_rate", "more than 0", self.aligner_learning_rate)
+        for name in ("samples", "max_train_tokens"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise FieldError(name, "at least 1", getattr(self, name))
         if self.max_steps == 0 or self.max_steps < -1:
-            raise _refuse("max_steps", "at least 1, or -1 for no limit", self.max_steps)
+            raise FieldError("max_steps", "at least 1, or -1 for no limit", self.max_steps)
+        if self.max_train_tokens is not None and self.max_steps != -1:
+            raise FieldError("max_train_tokens", "none where max_steps is given", self.max_train_tokens)
         for name in ("kv_weight", "weight_decay"):
             if not getattr(self, name) >= 0:
-                raise _refuse(name, "0 or more", getattr(self, name))
+                raise FieldError(name, "0 or more", getattr(self, name))
         if not 0 <= self.warmup_ratio < 1:
-            raise _refuse("warmup_ratio", "0 or more, and less than 1", self.warmup_ratio)
+            raise FieldError("warmup_ratio", "0 or more, and less than 1", self.warmup_ratio)
         if self.eval_split == "train":
-            raise _refuse("eval_split", "a held-out split", "train")
+            raise FieldError("eval_split", "a held-out split", "train")
         if not 0 <= self.seed < MAX_SEED:
-            raise _refuse("seed", "0 or more, and less than 2**32", self.seed)
+            raise FieldError("seed", "0 or more, and less than 2**32", self.seed)
         self._require_recipe()
 
     def _require_recipe(self) -> None:
         """Raise ConfigError for alignment options that do not go together."""
         terms = parse_kv_loss(self.kv_loss)
-        if self.mode == "none" and self.shuffle_kv:
-            raise _refuse("shuffle_kv", "a mode that uses KV", "mode none")
+        if self.mode == "none" and self.kv_control != "none":
+            raise FieldError("kv_control", "none with mode none, which uses no KV", self.kv_control)
         try:
             select_segments(self.kv_segments)
         except DataError as error:
-            raise _refuse("kv_segments", "all, or some of prompt, reasoning, answer", self.kv_segments) from error
+            raise FieldError("kv_segments", "all, or some of prompt, reasoning, answer", self.kv_segments) from error
         if self.mode not in ("none", "identity") and not needs_aligner(terms):
-            raise _refuse("mode", f"identity with --kv-loss {self.kv_loss}, which projects nothing", self.mode)
+            raise FieldError("mode", f"identity with --kv-loss {self.kv_loss}, which projects nothing", self.mode)
         if self.key_space == "pre-rope" and needs_queries(terms):
-            raise _refuse("key_space", f"post-rope with --kv-loss {self.kv_loss}, as attention has it", self.key_space)
+            raise FieldError(
+                "key_space", f"post-rope with --kv-loss {self.kv_loss}, as attention has it", self.key_space
+            )
         if self.mode == "identity" and self.direction != "student-to-teacher":
-            raise _refuse("direction", "student-to-teacher with mode identity, which maps nothing", self.direction)
+            raise FieldError("direction", "student-to-teacher with mode identity, which maps nothing", self.direction)
         if self.share_layers and self.mode != "structured":
-            raise _refuse("share_layers", "mode structured (flat-global is flat, shared by all layers)", self.mode)
+            raise FieldError("share_layers", "mode structured (flat-global is flat, shared by all layers)", self.mode)
         if self.start == "uniform" and self.mode != "structured":
-            raise _refuse("start", "mode structured with uniform, the mean of the heads", self.mode)
+            raise FieldError("start", "mode structured with uniform, the mean of the heads", self.mode)
         fitted = self.start == "closed-form" or self.direction == "teacher-to-student-frozen"
         if fitted and self.mode in ("bottleneck", "identity"):
-            raise _refuse("mode", "structured, flat or flat-global, which have a closed form", self.mode)
+            raise FieldError("mode", "structured, flat or flat-global, which have a closed form", self.mode)
         if self.start == "closed-form" and self.closed_form == "pca" and self.direction == "student-to-teacher":
-            raise _refuse("closed_form", "ridge or procrustes: pca knows the teacher alone", self.closed_form)
+            raise FieldError("closed_form", "ridge or procrustes: pca knows the teacher alone", self.closed_form)
 
     @property
     def aligner_lr(self) -> float:
@@ -117,7 +127,8 @@ class DistillConfig:
     @property
     def name(self) -> str:
         """The run's name unless the user gives one."""
-        return f"{self.mode}{'-shuffled' if self.shuffle_kv else ''}-seed{self.seed}"
+        control = "" if self.kv_control == "none" else f"-{self.kv_control}"
+        return f"{self.mode}{control}-seed{self.seed}"
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -138,42 +149,47 @@ class DistillConfig:
         return flags
 
     @classmethod
-    def from_mapping(cls, document: Mapping[str, Any], where: str) -> DistillConfig:
-        """A config from TOML or JSON. Raises ConfigError naming `where` and the field that is wrong."""
+    def from_mapping(cls, document: Mapping[str, Any], where: Where) -> DistillConfig:
+        """A config from TOML, JSON or the command line. Raises ConfigError saying where the field is that is wrong."""
         options = parse_fields(document, get_type_hints(cls), where)
         try:
             if "layer_map" in options:
                 # A run is what its config says: it must not change with a file.
                 options["layer_map"] = layer_map_text(options["layer_map"])
             return cls(**options)
-        except ConfigError as error:
-            error.args = (f"{where}: {error}",)
+        except FieldError as error:
+            error.args = (f"{where(error.field)}: {error}",)
             raise
 
 
-def parse_fields(document: Mapping[str, Any], hints: Mapping[str, Any], where: str) -> dict[str, Any]:
+class FieldError(ConfigError):
+    """A value that fits its field's type and nothing else."""
+
+    def __init__(self, field: str, expected: str, found: object) -> None:
+        super().__init__(
+            f"{field} makes no sense",
+            expected=expected,
+            found=found,
+            remedy=f"Mend {field} (--{field.replace('_', '-')})",
+        )
+        self.field = field
+
+
+def parse_fields(document: Mapping[str, Any], hints: Mapping[str, Any], where: Where) -> dict[str, Any]:
     """The document with every value as `hints` types it: a type, a union of types, or a Literal of words.
 
-    Raises ConfigError naming `where` and the field that is unknown or does not fit.
+    Raises ConfigError saying where the field is that is unknown or does not fit.
     """
     parsed = {}
     for name, value in document.items():
         if name not in hints:
             raise ConfigError(
-                f"{where} has an unknown field", expected=", ".join(hints), found=name, remedy="Mend its name"
+                f"{where(name)}: no such field", expected=", ".join(hints), found=name, remedy="Mend its name"
             )
         options = (hints[name],) if isinstance(hints[name], type) else get_args(hints[name])
         whole = type(value) is int and float in options and int not in options
         parsed[name] = float(value) if whole else value
         if not any(parsed[name] == option or type(parsed[name]) is option for option in options):
             shown = (option if isinstance(option, str) else option.__name__ for option in options)
-            raise ConfigError(
-                f"{where}: {name}", expected=" or ".join(shown), found=repr(value), remedy="Mend its value"
-            )
+            raise ConfigError(where(name), expected=" or ".join(shown), found=repr(value), remedy="Mend its value")
     return parsed
-
-
-def _refuse(name: str, expected: str, found: object) -> ConfigError:
-    return ConfigError(
-        f"{name} makes no sense", expected=expected, found=found, remedy=f"Mend {name} (--{name.replace('_', '-')})"
-    )

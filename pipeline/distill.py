@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +21,24 @@ from ..kvcache.files import write_atomic
 from ..kvcache.lock import only_writer
 from ..kvcache.manifest import hash_json, hash_weights
 from ..kvcache.store import KVStore
-from .alignment import build_distiller, kv_dataset
+from .alignment import build_distiller, kv_dataset, training_dataset
 from .callbacks import MetricsFile, TrainingProgress
 from .compatibility import require_learnable, require_positions, student_text, train_indices
 from .config import DistillConfig
 from .distiller import KVDistiller
-from .evaluate import evaluate_answers, evaluate_tokens
+from .evaluate import SampleScore, evaluate_answers, evaluate_tokens
 from .models import load_student, resolve_device, tokenizer_from_files
 from .progress import progress_bar
 from .ranks import require_one_process
 from .run_checkpoints import SealedCheckpoints, last_checkpoint
 from .run_directory import RunDirectory, run_identity
 from .run_record import costs, description, store_read
+from .trackers import require_trackers
 from .trainer import DistillTrainer
 from .training_data import KVDataset
+
+EVAL_EVERY = 1 / 8
+"""Share of the steps between two points of the learning curve."""
 
 
 def find_store(store: Path | None) -> Path:
@@ -59,15 +64,18 @@ def distill(
     device: str = "auto",
     overwrite: bool = False,
     save_steps: int | None = None,
+    report_to: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Train one student and return its run record, also written to `run_dir`.
 
-    A checkpoint is written every `save_steps` steps, by default after every epoch. A finished run is returned as it
+    A checkpoint is written every `save_steps` steps, by default after every epoch; `report_to` names trackers that
+    transformers knows and that are installed. A finished run is returned as it
     is; an interrupted one goes on from its last checkpoint. Raises ConfigError, ModelError or StoreError for what
     the user can mend, CollapseError for a collapsed target.
     """
     require_one_process("distill")
+    require_trackers(report_to)
     started = time.perf_counter()
     resolved = resolve_device(device)
     store = KVStore.open(store_path)
@@ -82,7 +90,9 @@ def distill(
         parts = _build(config, store, resolved)
         # Only now, when nothing the user can mend stands in the way, does the folder change.
         run.claim(identity, overwrite=overwrite)
-        trainer = _trainer(parts, config, _arguments(config, run, resolved, save_steps), run, identity)
+        trainer = _trainer(
+            parts, config, _arguments(config, parts, run, resolved, save_steps, report_to), run, identity
+        )
         setup_done = time.perf_counter()
         with progress or progress_bar() as bar:
             trainer.add_callback(TrainingProgress(bar, run_dir.name))
@@ -114,7 +124,7 @@ class _Parts:
     held_out: list[int]
     pairing: dict[str, str]
 
-    def evaluate(self, distiller: KVDistiller) -> tuple[dict[str, float], list[float]]:
+    def evaluate(self, distiller: KVDistiller) -> tuple[dict[str, float], list[SampleScore]]:
         return evaluate_tokens(distiller, self.eval_data, self.held_out)
 
 
@@ -131,13 +141,17 @@ def _build(config: DistillConfig, store: KVStore, device: torch.device) -> _Part
     pairing = {
         "student_init": hash_weights(student.state_dict().items())[:16],
         "data_order": hash_json(list(batches))[:16],
-        "eval_samples": hash_json(held_out)[:16],
+        "eval_samples": hash_json([store.manifest.dataset.hash, held_out])[:16],
     }
     distiller = build_distiller(config, store, student.to(device), text, train.tolist())
-    compared = kv_dataset(config, store, text, shuffled=True)
-    data = compared if config.mode != "none" else KVDataset(store, text, with_kv=False)
     return _Parts(
-        distiller, tokenizer, data, batches, kv_dataset(config, store, text, queries=False), held_out, pairing
+        distiller,
+        tokenizer,
+        training_dataset(config, store, text, train.tolist()),
+        batches,
+        kv_dataset(config, store, text, queries=False),
+        held_out,
+        pairing,
     )
 
 
@@ -158,8 +172,14 @@ def _trainer(
 
 
 def _arguments(
-    config: DistillConfig, run: RunDirectory, device: torch.device, save_steps: int | None
+    config: DistillConfig,
+    parts: _Parts,
+    run: RunDirectory,
+    device: torch.device,
+    save_steps: int | None,
+    report_to: Sequence[str],
 ) -> TrainingArguments:
+    tokens = config.max_train_tokens
     arguments = TrainingArguments(
         output_dir=str(run.checkpoints),
         learning_rate=config.learning_rate,
@@ -168,18 +188,21 @@ def _arguments(
         warmup_steps=config.warmup_ratio,
         per_device_train_batch_size=config.batch_size,
         num_train_epochs=config.epochs,
-        max_steps=config.max_steps,
+        max_steps=config.max_steps if tokens is None else parts.batches.steps_for(tokens),
+        include_num_input_tokens_seen="non_padding",
         seed=config.seed,
         bf16=config.bf16,
         logging_steps=10,
         logging_nan_inf_filter=False,
-        eval_strategy="epoch",
+        eval_strategy="steps",
+        eval_steps=EVAL_EVERY,
         save_strategy="epoch" if save_steps is None else "steps",
         save_steps=save_steps or 1,
         use_cpu=device.type == "cpu",
         dataloader_pin_memory=device.type == "cuda",
         remove_unused_columns=False,
-        report_to="none",
+        report_to=list(report_to) or "none",
+        run_name=run.path.name,
         disable_tqdm=True,
     )
     if device.type == "cuda":
@@ -195,16 +218,16 @@ def _final_metrics(
     parts: _Parts, store: KVStore, config: DistillConfig, run: RunDirectory, steps: int
 ) -> dict[str, float | None]:
     """Everything on the held-out split, generation included; each sample goes to `predictions.jsonl`."""
-    tokens, sample_ce = parts.evaluate(parts.distiller)
+    tokens, samples = parts.evaluate(parts.distiller)
     if not math.isfinite(tokens["ce"]):
         raise DivergenceError(steps)
     student = parts.distiller.student
     text = parts.eval_data.text
     answers = evaluate_answers(student, parts.tokenizer, store, text, parts.held_out, config.max_new_tokens)
     lines = []
-    for index, ce in zip(parts.held_out, sample_ce, strict=True):
+    for index, sample in zip(parts.held_out, samples, strict=True):
         generated, exact = answers.get(index, (None, None))
-        line = {"id": store.records[index]["id"], "ce": ce, "generated": generated, "exact": exact}
+        line = {"id": store.records[index]["id"], **asdict(sample), "generated": generated, "exact": exact}
         lines.append(f"{json.dumps(line)}\n")
     write_atomic(run.predictions, "".join(lines).encode())
     exact_match = sum(exact for _, exact in answers.values()) / len(answers) if answers else None

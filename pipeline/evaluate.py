@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
@@ -21,6 +22,16 @@ from .training_data import KVDataset
 
 EVAL_BATCH = 32
 GENERATION_BATCH = 128
+
+
+@dataclass(frozen=True)
+class SampleScore:
+    """One held-out sample: how many tokens of it are learned, their mean cross-entropy, and the share of them that the
+    student would have said."""
+
+    tokens: int
+    ce: float
+    token_accuracy: float
 
 
 class KVAgreement:
@@ -65,8 +76,8 @@ class KVAgreement:
 @torch.inference_mode()
 def evaluate_tokens(
     distiller: KVDistiller, dataset: KVDataset, indices: Sequence[int]
-) -> tuple[dict[str, float], list[float]]:
-    """Teacher-forced metrics over held-out samples, and the cross-entropy of each sample.
+) -> tuple[dict[str, float], list[SampleScore]]:
+    """Teacher-forced metrics over held-out samples, and the scores of each sample.
 
     `ce` (nats a token) and `token_accuracy` are over learned tokens; the rest are KVAgreement's, where the
     dataset carries teacher KV.
@@ -75,7 +86,7 @@ def evaluate_tokens(
     device = distiller.student.device
     agreement = KVAgreement()
     loss = correct = count = 0.0
-    sample_ce: list[float] = []
+    samples: list[SampleScore] = []
     for batch_indices in _chunks(list(indices), EVAL_BATCH):
         batch = {name: tensor.to(device) for name, tensor in dataset.__getitems__(batch_indices).items()}
         if "teacher_kv" in batch:
@@ -86,12 +97,14 @@ def evaluate_tokens(
         losses = next_token_loss(logits, batch["labels"], reduction="none")
         learned = batch["labels"][:, 1:] != IGNORED
         hits = (logits[:, :-1].argmax(-1) == batch["labels"][:, 1:]) & learned
-        sample_ce += (losses.sum(1) / learned.sum(1).clamp_min(1)).tolist()
+        tokens = learned.sum(1)
+        scores = (losses.sum(1) / tokens.clamp_min(1), hits.sum(1) / tokens.clamp_min(1))
+        samples += map(SampleScore, tokens.tolist(), *(score.tolist() for score in scores))
         loss, correct, count = loss + float(losses.sum()), correct + float(hits.sum()), count + float(learned.sum())
     metrics = {"ce": loss / count, "token_accuracy": correct / count}
     if dataset.reader is not None:
         metrics |= agreement.metrics()
-    return metrics, sample_ce
+    return metrics, samples
 
 
 def generate_answers(

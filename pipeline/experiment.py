@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from contextlib import suppress
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,15 +14,16 @@ from rich.progress import Progress, TaskID
 
 from ..kvcache.errors import ConfigError
 from ..kvcache.store import KVStore
-from .callbacks import read_metrics
 from .config import DistillConfig
 from .experiment_config import ExperimentConfig
+from .experiment_status import experiment_status, progress_of
 from .extract import extract
 from .models import resolve_device
 from .progress import progress_bar
 from .ranks import require_one_process
 from .run_directory import RunDirectory, run_identity
 from .run_process import RunProcess
+from .split_hygiene import require_disjoint_splits
 
 POLL_SECONDS = 0.5
 
@@ -37,12 +38,14 @@ class ExperimentRuns:
     wall_seconds: float
 
 
-def run_experiment(config: ExperimentConfig, runs_dir: Path, jobs: int | None = None) -> ExperimentRuns:
+def run_experiment(
+    config: ExperimentConfig, runs_dir: Path, jobs: int | None = None, report_to: Sequence[str] = ()
+) -> ExperimentRuns:
     """Extract what is not complete, then run what is missing, `jobs` at a time: by default one a core, or
-    one on a GPU.
+    one on a GPU. Cores are shared out evenly, so that no run's arithmetic depends on its neighbours.
 
-    A failed run is reported, not raised: the others go on. Raises ConfigError for `jobs` below one, and
-    what `extract` raises.
+    A failed run is reported, not raised: the others go on. Raises ConfigError for `jobs` below one, for held-out text
+    that is in the training text, and what `extract` raises.
     """
     require_one_process("experiment")
     on_gpu = resolve_device(config.extract.device).type == "cuda"
@@ -51,6 +54,8 @@ def run_experiment(config: ExperimentConfig, runs_dir: Path, jobs: int | None = 
     if jobs < 1:
         raise ConfigError("no such number of jobs", expected="at least 1", found=jobs, remedy="Mend --jobs")
     stores = {extraction.store: extract(extraction).store for extraction in config.extractions}
+    for store in {store.manifest.dataset.hash: store for store in stores.values()}.values():
+        require_disjoint_splits(store)
     if on_gpu:
         # The teacher is gone; what torch still holds for it, the runs can use.
         torch.cuda.empty_cache()
@@ -63,11 +68,22 @@ def run_experiment(config: ExperimentConfig, runs_dir: Path, jobs: int | None = 
             while waiting and len(grid.active) < jobs:
                 run = waiting.pop(0)
                 path = runs_dir / run.name
-                grid.add(path, RunProcess(run.recipe, run.store, path, device=config.extract.device, threads=threads))
+                device = config.extract.device
+                process = RunProcess(run.recipe, run.store, path, device=device, threads=threads, report_to=report_to)
+                grid.add(path, process)
             time.sleep(POLL_SECONDS)
             grid.poll()
-    records = {run.name: record for run in config.runs if (record := RunDirectory(runs_dir / run.name).read_record())}
-    return ExperimentRuns(records, grid.failures, time.perf_counter() - start if ran else 0.0)
+    return ExperimentRuns(_records(config, runs_dir), grid.failures, time.perf_counter() - start if ran else 0.0)
+
+
+def finished_runs(config: ExperimentConfig, runs_dir: Path) -> ExperimentRuns:
+    """What is there already, without running anything."""
+    failures = {run.name: run.said for run in experiment_status(config, runs_dir) if run.state == "failed"}
+    return ExperimentRuns(_records(config, runs_dir), failures, 0.0)
+
+
+def _records(config: ExperimentConfig, runs_dir: Path) -> dict[str, dict[str, Any]]:
+    return {run.name: record for run in config.runs if (record := RunDirectory(runs_dir / run.name).read_record())}
 
 
 def _is_finished(path: Path, recipe: DistillConfig, store: KVStore) -> bool:
@@ -125,10 +141,5 @@ class _Grid:
         self._bar.update(self._task, completed=self._done, status=f"{self._done}/{self._total} runs")
 
     def _show(self, run: _ActiveRun) -> None:
-        """Read a run's progress where anyone can: in its metrics file, which is another run's until it begins."""
-        logs: list[dict[str, Any]] = []
-        with suppress(OSError, ValueError):
-            logs = [entry for entry in read_metrics(run.directory.metrics) if "loss" in entry]
-        if logs:
-            losses = "".join(f" · {part} {logs[-1][part]:.3f}" for part in ("ce", "kv") if part in logs[-1])
-            self._bar.update(run.task, status=f"step {logs[-1]['step']}{losses}")
+        if progress := progress_of(run.directory):
+            self._bar.update(run.task, status=progress)

@@ -1,18 +1,32 @@
-"""An experiment file: one TOML, checked in full before anything runs."""
+"""An experiment: what is compared with what, on which seeds and by which measure, all declared before anything runs."""
 
 from __future__ import annotations
 
 import re
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, get_type_hints
 
 from ..kvcache.errors import ConfigError
 from .config import MAX_SEED, DistillConfig, parse_fields
+from .experiment_file import ExperimentFile
 from .extract_config import ExtractConfig, default_store
-from .stats import COMPARED_METRICS, Question
+from .stats import COMPARED_METRICS, LOWER_IS_BETTER, Question
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How long every arm trains, by one of its fields, which are those of a recipe."""
+
+    epochs: float | None = None
+    max_steps: int | None = None
+    max_train_tokens: int | None = None
+
+    def to_dict(self) -> dict[str, float | int]:
+        """The one that is given."""
+        return {entry.name: value for entry in fields(self) if (value := getattr(self, entry.name)) is not None}
 
 
 @dataclass(frozen=True)
@@ -27,18 +41,21 @@ class PlannedRun:
 
 @dataclass(frozen=True)
 class ExperimentConfig:
-    """Arms by seeds. `arms` hold whole recipes: the base with the arm's own fields.
+    """Arms by seeds. `arms` hold whole recipes: the base with the budget and the arm's own fields.
 
     All arms read the store of `extract`, but for those that `arm_stores` gives one of `stores`: the same extraction
-    with some options changed.
+    with some options changed. `tuning_seeds` are those that choices were made on: none of them is reported.
     """
 
     name: str
     primary_metric: str
+    greater_is_better: bool
     seeds: tuple[int, ...]
     extract: ExtractConfig
+    budget: Budget
     arms: Mapping[str, DistillConfig]
     comparisons: tuple[Question, ...]
+    tuning_seeds: tuple[int, ...] = ()
     stores: Mapping[str, ExtractConfig] = field(default_factory=dict)
     arm_stores: Mapping[str, str] = field(default_factory=dict)
 
@@ -64,153 +81,168 @@ class ExperimentConfig:
 def load_experiment(path: Path, overrides: Sequence[str] = ()) -> ExperimentConfig:
     """Parse an experiment file, with `overrides` such as `extract.samples=200` in place of its own values.
 
-    Raises ConfigError naming the file and the key that is wrong.
+    Raises ConfigError naming the file, the line and the key that is wrong.
     """
-    try:
-        document = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ConfigError(
-            f"no experiment file at {path}", expected="a .toml file", found="nothing", remedy="Name one that is there"
-        ) from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not TOML", expected="TOML", found=error, remedy="Mend the file") from error
-    for override in overrides:
-        _override(document, override)
-    _require_keys(document, path)
-    stores = _stores(document, path)
-    arms, arm_stores = _arms(document, stores, path)
+    file = ExperimentFile.read(path, overrides)
+    _require_keys(file)
+    stores, budget = _stores(file), _budget(file)
+    arms, arm_stores = _arms(file, stores, budget)
+    metric = _metric(file)
+    seeds, tuning_seeds = _seeds(file)
     return ExperimentConfig(
-        name=_name(document["name"], "name", path),
-        primary_metric=_metric(document["primary_metric"], path),
-        seeds=_seeds(document["seeds"], path),
-        extract=_extract_config(_table(document, "extract", path), path),
+        name=_name(file, file.document["name"], "name"),
+        primary_metric=metric,
+        greater_is_better=metric not in LOWER_IS_BETTER,
+        seeds=seeds,
+        tuning_seeds=tuning_seeds,
+        extract=_extract_config(file, file.table("extract")),
         stores=stores,
+        budget=budget,
         arms=arms,
         arm_stores=arm_stores,
-        comparisons=_comparisons(document["comparisons"], arms, path),
+        comparisons=_comparisons(file, arms),
     )
 
 
-def _override(document: dict[str, Any], override: str) -> None:
-    """Put `table.key=value` into the document; a value that is not TOML is taken as text."""
-    dotted, equals, text = override.partition("=")
-    *tables, key = dotted.split(".")
-    for name in tables:
-        document = document.setdefault(name, {})
-    if not equals or not isinstance(document, dict):
-        raise ConfigError("no such override", expected="KEY=VALUE", found=override, remedy="Mend --set")
-    try:
-        document[key] = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        document[key] = text
-
-
-def _require_keys(document: Mapping[str, Any], path: Path) -> None:
-    optional = {"base", "stores"}
+def _require_keys(file: ExperimentFile) -> None:
+    optional = {"base", "stores", "tuning_seeds"}
     required = {entry.name for entry in fields(ExperimentConfig)} - optional - {"arm_stores"}
-    unknown, missing = sorted(document.keys() - required - optional), sorted(required - document.keys())
+    unknown, missing = sorted(file.document.keys() - required - optional), sorted(required - file.document.keys())
     if unknown or missing:
         raise ConfigError(
-            f"{path}: {'unknown' if unknown else 'missing'} key",
+            f"{file.where(unknown[0])}: unknown key" if unknown else f"{file.path}: missing key",
             expected=", ".join(sorted(required | optional)),
             found=", ".join(unknown) if unknown else f"no {', '.join(missing)}",
             remedy="Mend the file",
         )
 
 
-def _refuse(path: Path, key: str, expected: str, found: object) -> ConfigError:
-    return ConfigError(f"{path}: {key}", expected=expected, found=found, remedy="Mend the file")
-
-
-def _table(document: Mapping[str, Any], key: str, path: Path) -> dict[str, Any]:
-    table = document[key]
-    if not isinstance(table, dict) or not table:
-        raise _refuse(path, key, "a table with entries", table)
-    return table
-
-
-def _name(name: Any, key: str, path: Path) -> str:
+def _name(file: ExperimentFile, name: Any, key: str) -> str:
     """Names become folders and table cells."""
     if not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]*", name):
-        raise _refuse(path, key, "letters, digits, dots, dashes and underscores", repr(name))
+        raise file.refuse(key, "letters, digits, dots, dashes and underscores", repr(name))
     return name
 
 
-def _metric(metric: Any, path: Path) -> str:
+def _metric(file: ExperimentFile) -> str:
+    metric, greater = file.document["primary_metric"], file.document["greater_is_better"]
     if metric not in COMPARED_METRICS:
-        raise _refuse(path, "primary_metric", " or ".join(COMPARED_METRICS), metric)
+        raise file.refuse("primary_metric", " or ".join(COMPARED_METRICS), metric)
+    expected = metric not in LOWER_IS_BETTER
+    if greater is not expected:
+        raise file.refuse("greater_is_better", f"{str(expected).lower()}, for {metric}", str(greater).lower())
     return str(metric)
 
 
-def _stores(document: Mapping[str, Any], path: Path) -> dict[str, ExtractConfig]:
-    if "stores" not in document:
-        return {}
-    own, stores = _table(document, "extract", path), {}
-    for name, changes in _table(document, "stores", path).items():
-        key = f"stores.{_name(name, 'stores', path)}"
-        if not isinstance(changes, dict):
-            raise _refuse(path, key, "a table", repr(changes))
-        # A store of its own has a place of its own.
-        table = {**{option: value for option, value in own.items() if option != "store"}, **changes}
-        stores[name] = _extract_config(table, path, key, f"{table.get('model')}-{name}")
-    places = [store.store for store in (_extract_config(own, path), *stores.values())]
-    if len(set(places)) < len(places):
-        raise _refuse(path, "stores", "a place of its own for every store", ", ".join(map(str, places)))
-    return stores
+def _seeds(file: ExperimentFile) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Those that are reported, and those that choices were made on."""
+    reported = _seed_list(file, "seeds")
+    tuning = _seed_list(file, "tuning_seeds") if "tuning_seeds" in file.document else ()
+    if both := sorted(set(reported) & set(tuning)):
+        raise file.refuse("seeds", "none of the tuning_seeds", ", ".join(map(str, both)))
+    return reported, tuning
 
 
-def _arms(
-    document: Mapping[str, Any], stores: Mapping[str, ExtractConfig], path: Path
-) -> tuple[dict[str, DistillConfig], dict[str, str]]:
-    """The recipes by arm, and the stores of those that name one."""
-    base = _table(document, "base", path) if "base" in document else {}
-    arms, arm_stores = {}, {}
-    for name, overrides in _table(document, "arms", path).items():
-        key = f"arms.{_name(name, 'arms', path)}"
-        if not isinstance(overrides, dict):
-            raise _refuse(path, key, "a table", repr(overrides))
-        if "seed" in {**base, **overrides}:
-            raise _refuse(path, key, "no seed of its own: seeds are listed at the top", "seed")
-        recipe = {**base, **overrides}
-        if "store" in recipe:
-            arm_stores[name] = recipe.pop("store")
-            if arm_stores[name] not in list(stores):
-                raise _refuse(path, f"{key}.store", " or ".join(stores) or "a table [stores]", arm_stores[name])
-        arms[name] = DistillConfig.from_mapping(recipe, f"{path}: {key}")
-    return arms, arm_stores
-
-
-def _seeds(seeds: Any, path: Path) -> tuple[int, ...]:
+def _seed_list(file: ExperimentFile, key: str) -> tuple[int, ...]:
+    seeds = file.document[key]
     whole = isinstance(seeds, list) and all(type(seed) is int and 0 <= seed < MAX_SEED for seed in seeds)
     if not whole or not seeds or len(set(seeds)) < len(seeds):
-        raise _refuse(path, "seeds", "a list of different whole numbers, 0 or more", seeds)
+        raise file.refuse(key, "a list of different whole numbers, 0 or more", seeds)
     return tuple(seeds)
 
 
+def _budget(file: ExperimentFile) -> Budget:
+    options = parse_fields(file.table("budget"), get_type_hints(Budget), partial(file.where, "budget"))
+    if len(options) != 1:
+        raise file.refuse("budget", f"one of {', '.join(get_type_hints(Budget))}", ", ".join(options))
+    return Budget(**options)
+
+
 def _extract_config(
-    table: dict[str, Any], path: Path, key: str = "extract", default_name: str | None = None
+    file: ExperimentFile, table: dict[str, Any], key: str = "extract", default_name: str | None = None
 ) -> ExtractConfig:
     if "model" not in table:
-        raise _refuse(path, key, "a model", ", ".join(table))
-    options = parse_fields(table, {**get_type_hints(ExtractConfig), "store": str}, f"{path}: {key}")
+        raise file.refuse(key, "a model", ", ".join(table))
+    options = parse_fields(table, {**get_type_hints(ExtractConfig), "store": str}, partial(file.where, key))
     store = Path(options["store"]) if "store" in options else default_store(default_name or options["model"])
     return ExtractConfig(**{**options, "store": store})
 
 
-def _comparisons(entries: Any, arms: Mapping[str, DistillConfig], path: Path) -> tuple[Question, ...]:
+def _stores(file: ExperimentFile) -> dict[str, ExtractConfig]:
+    if "stores" not in file.document:
+        return {}
+    own, stores = file.table("extract"), {}
+    for name, changes in file.table("stores").items():
+        key = f"stores.{_name(file, name, 'stores')}"
+        if not isinstance(changes, dict):
+            raise file.refuse(key, "a table", repr(changes))
+        # A store of its own has a place of its own.
+        table = {**{option: value for option, value in own.items() if option != "store"}, **changes}
+        stores[name] = _extract_config(file, table, key, f"{table.get('model')}-{name}")
+    places = [store.store for store in (_extract_config(file, own), *stores.values())]
+    if len(set(places)) < len(places):
+        raise file.refuse("stores", "a place of its own for every store", ", ".join(map(str, places)))
+    return stores
+
+
+def _arms(
+    file: ExperimentFile, stores: Mapping[str, ExtractConfig], budget: Budget
+) -> tuple[dict[str, DistillConfig], dict[str, str]]:
+    """The recipes by arm, and the stores of those that name one."""
+    base = file.table("base") if "base" in file.document else {}
+    arms, arm_stores = {}, {}
+    for name, overrides in file.table("arms").items():
+        key = f"arms.{_name(file, name, 'arms')}"
+        if not isinstance(overrides, dict):
+            raise file.refuse(key, "a table", repr(overrides))
+        recipe = {**base, **overrides}
+        _require_no_budget_of_its_own(file, key, recipe)
+        if "store" in recipe:
+            arm_stores[name] = recipe.pop("store")
+            if arm_stores[name] not in list(stores):
+                raise file.refuse(f"{key}.store", " or ".join(stores) or "a table [stores]", arm_stores[name])
+        where = partial(_where_of_arm, file, key, overrides)
+        arms[name] = DistillConfig.from_mapping({**recipe, **budget.to_dict()}, where)
+    _require_equal_batches(file, arms, budget)
+    return arms, arm_stores
+
+
+def _where_of_arm(file: ExperimentFile, key: str, overrides: Mapping[str, Any], name: str) -> str:
+    """A field that is wrong is the arm's, unless the arm leaves it to the base or the budget."""
+    inherited = next((table for table in ("base", "budget") if name in file.document.get(table, {})), None)
+    return file.where(inherited, name) if inherited and name not in overrides else file.where(key, name)
+
+
+def _require_no_budget_of_its_own(file: ExperimentFile, key: str, recipe: Mapping[str, Any]) -> None:
+    for name, place in {"seed": "seeds, at the top", **dict.fromkeys(get_type_hints(Budget), "[budget]")}.items():
+        if name in recipe:
+            raise file.refuse(f"{key}.{name}", f"it in {place}, where it is the same for all arms", name)
+
+
+def _require_equal_batches(file: ExperimentFile, arms: Mapping[str, DistillConfig], budget: Budget) -> None:
+    """A step is a step only where all take the same number of samples; so is an epoch where all have as many."""
+    for name in ("batch_size", *(["samples"] if budget.epochs is not None else [])):
+        if len(found := {getattr(recipe, name) for recipe in arms.values()}) > 1:
+            shown = ", ".join(sorted(map(str, found)))
+            remedy = " (or a budget in steps or tokens)" if name == "samples" else ""
+            raise file.refuse(f"arms: {name}", f"the same for all arms{remedy}", shown)
+
+
+def _comparisons(file: ExperimentFile, arms: Mapping[str, DistillConfig]) -> tuple[Question, ...]:
+    entries = file.document["comparisons"]
     if not isinstance(entries, list) or not entries:
-        raise _refuse(path, "comparisons", "a list of tables with arm and control", entries)
-    return tuple(_comparison(entry, arms, path) for entry in entries)
+        raise file.refuse("comparisons", "a list of tables with arm and control", entries)
+    return tuple(_comparison(file, f"comparisons.{number}", entry, arms) for number, entry in enumerate(entries))
 
 
-def _comparison(entry: Any, arms: Mapping[str, DistillConfig], path: Path) -> Question:
+def _comparison(file: ExperimentFile, key: str, entry: Any, arms: Mapping[str, DistillConfig]) -> Question:
     known = isinstance(entry, dict) and {"arm", "control"} <= entry.keys() <= {"arm", "control", "margin"}
     pair = [name for name in arms if name in (entry["arm"], entry["control"])] if known else []
     if len(pair) != 2:
-        raise _refuse(path, "comparisons", f"a different arm and control from {', '.join(arms)}", entry)
+        raise file.refuse(key, f"a different arm and control from {', '.join(arms)}", entry)
     margin = entry.get("margin")
     if margin is not None and not (type(margin) in (int, float) and 0 < margin < float("inf")):
-        raise _refuse(path, "comparisons", "a margin above 0", margin)
+        raise file.refuse(f"{key}.margin", "a margin above 0", margin)
     return Question(entry["arm"], entry["control"], margin)
 
 

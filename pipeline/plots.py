@@ -63,7 +63,7 @@ def paired_differences(results: Results) -> str:
     axes.axvline(0, color=INK, linewidth=0.8)
     for row, comparison in enumerate(reversed(comparisons)):
         axes.plot(comparison.differences, [row] * comparison.num_seeds, "o", color=COLOURS[0], alpha=0.45)
-        axes.plot([comparison.ci_low, comparison.ci_high], [row, row], color=COLOURS[1], linewidth=2)
+        axes.plot(comparison.headline, [row, row], color=COLOURS[1], linewidth=2)
         if comparison.margin is not None:
             axes.plot([-comparison.margin, comparison.margin], [row, row], "|", color=INK, markersize=14)
         axes.plot([comparison.mean_difference], [row], "D", color=COLOURS[1], markersize=6)
@@ -87,7 +87,8 @@ def frontier(results: Results) -> str:
         if arm in without_kv:
             axes.axhline(mean, color=colour, linestyle="--", label=f"{arm} (no KV)")
         elif results.arm_stores[arm] != results.arm_stores[comparison.control]:
-            ends = [[mean - comparison.ci_low], [comparison.ci_high - mean]]
+            low, high = comparison.headline
+            ends = [[mean - low], [high - mean]]
             place = results.bytes_per_token(arm)
             axes.errorbar(place, mean, ends, color=colour, marker=marker, capsize=3, linestyle="", label=arm)
     axes.set_xscale("log")

@@ -10,9 +10,10 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
 from ..kvcache.files import write_atomic
+from .claims import Claim
 from .plots import frontier, learning_curves, paired_differences, time_by_part
-from .results import Results, arm_summary
-from .stats import MIN_SEEDS, Comparison
+from .results import Results, RunResult, arm_summary
+from .stats import LOWER_IS_BETTER, MIN_SEEDS, POWER, Comparison
 
 
 def write_report(results: Results, folder: Path) -> Path:
@@ -31,13 +32,17 @@ def write_report(results: Results, folder: Path) -> Path:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": number, "p": p_value}
+    environment.filters |= {"number": number, "p": p_value, "share": share, "count": "{:,.0f}".format}
     context: dict[str, Any] = {
         "results": results,
         "sentences": [sentence(c) for c in results.comparisons[results.primary_metric]],
+        "claims": [claim_sentence(claim) for claim in results.claims],
         "summary": {metric: arm_summary(results, metric) for metric in results.comparisons},
+        "training": {arm: training_summary(results.runs_of(arm)) for arm in results.arms()},
+        "lower_is_better": LOWER_IS_BETTER,
         "figures": figures,
         "min_seeds": MIN_SEEDS,
+        "power": POWER,
     }
     for name in ("report.html", "report.md"):
         write_atomic(folder / name, environment.get_template(f"{name}.jinja").render(context).encode())
@@ -47,29 +52,68 @@ def write_report(results: Results, folder: Path) -> Path:
     return folder / "report.html"
 
 
+def training_summary(runs: list[RunResult]) -> dict[str, Any]:
+    """What an arm's runs cost and how they went: means over its runs, and how many collapsed or were absorbed."""
+    records = [run.record for run in runs]
+    shares = [r["kv_gradient_share"] for r in records if r["kv_gradient_share"] is not None]
+    return {
+        "steps": records[0]["steps"],
+        "tokens": sum(r["tokens"] for r in records) / len(records),
+        "parameters": records[0]["parameters"],
+        "seconds": sum(r["seconds"]["total"] for r in records) / len(records),
+        "data_wait": sum(r["data_wait_share"] for r in records) / len(records),
+        "kv_gradient_share": sum(shares) / len(shares) if shares else None,
+        "collapsed": sum(bool(r["collapsed"]) for r in records),
+        "absorbed": sum(bool(r["absorbed"]) for r in records),
+    }
+
+
 def sentence(comparison: Comparison) -> str:
     """A comparison in words: the verdict with its number, interval and p-value."""
     c = comparison
     test = "Holm-adjusted p" if c.margin is None else f"Holm-adjusted p of a difference within {c.margin:g}"
+    over = "over seeds" if math.isnan(c.crossed_low) else "over seeds and samples"
+    low, high = c.headline
     numbers = (
-        f"difference in {c.metric} {number(c.mean_difference)}, "
-        f"{c.confidence:.0%} CI {number(c.ci_low)} to {number(c.ci_high)}, "
-        f"{test} {p_value(c.p_adjusted)}, {c.num_seeds} paired seeds"
+        f"difference in {c.metric} {number(c.mean_difference)}, {c.confidence:.0%} CI {over} {number(low)} to "
+        f"{number(high)}, {test} {p_value(c.p_adjusted)}, {c.num_seeds} paired seeds"
     )
-    if c.verdict == "no verdict":
+    if c.verdict is None:
         return (
             f"{c.arm} against {c.control}: no verdict ({numbers}; a verdict needs {MIN_SEEDS} seeds and some spread)."
         )
     if c.verdict == "inconclusive":
-        return f"{c.arm} against {c.control}: inconclusive ({numbers})."
-    if c.verdict in ("equivalent", "not equivalent"):
-        return f"{c.arm} is {c.verdict} to {c.control} ({numbers})."
-    return f"{c.arm} is {c.verdict} than {c.control} ({numbers})."
+        found = f"; {POWER:.0%} power for {number(c.minimum_detectable)}" if c.minimum_detectable > 0 else ""
+        return f"{c.arm} against {c.control}: inconclusive ({numbers}{found})."
+    if c.verdict == "equivalent":
+        return f"{c.arm} is equivalent to {c.control} ({numbers})."
+    beyond = f" by more than {c.margin:g}" if c.margin is not None else ""
+    return f"{c.arm} is {c.verdict} than {c.control}{beyond} ({numbers})."
+
+
+def claim_sentence(claim: Claim) -> str:
+    """Whether the teacher's KV helps an arm, by all of its controls."""
+    if claim.holds:
+        return f"The teacher's KV helps {claim.arm}: it is better than {_listed(claim.beaten)}."
+    reasons = []
+    if claim.unbeaten:
+        reasons.append(f"it is not shown to be better than {_listed(claim.unbeaten)}")
+    if claim.missing:
+        reasons.append(f"it is not compared with {' and '.join(claim.missing)}")
+    return f"No claim that the teacher's KV helps {claim.arm}: {', and '.join(reasons)}."
+
+
+def _listed(controls: dict[str, str]) -> str:
+    return ", ".join(f"{kind} ({arm})" for kind, arm in controls.items())
 
 
 def number(value: float | None) -> str:
     """Four decimals; an em dash for what could not be computed."""
     return "—" if value is None or math.isnan(value) else f"{value:.4f}"
+
+
+def share(value: float | None) -> str:
+    return "—" if value is None or math.isnan(value) else f"{value:.1%}"
 
 
 def p_value(value: float) -> str:

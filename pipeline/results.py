@@ -1,4 +1,4 @@
-"""From finished runs to numbers: scores by arm and seed, comparisons, and what the store saved."""
+"""From finished runs to numbers: scores by arm and seed, comparisons, claims, and what the store saved."""
 
 from __future__ import annotations
 
@@ -14,9 +14,13 @@ from ..kvcache.errors import ConfigError
 from ..kvcache.store import KVStore
 from ..kvcache.summary import summarise
 from .callbacks import read_metrics
+from .claims import Claim, claims
 from .experiment import ExperimentRuns
 from .experiment_config import ExperimentConfig
-from .stats import COMPARED_METRICS, Comparison, adjust, compare
+from .held_out_scores import CheckpointPair, HeldOutScores, checkpoint_pairs, read_scores, sample_differences
+from .run_directory import RunDirectory
+from .split_hygiene import split_hashes
+from .stats import COMPARED_METRICS, Comparison, Question, adjust, compare, distribution_free
 
 Curve = list[tuple[int, float]]
 
@@ -50,16 +54,20 @@ class Savings:
 
 @dataclass(frozen=True)
 class Results:
-    """All that a report shows."""
+    """All that a report shows. `declared` is what the experiment file fixed beforehand."""
 
     name: str
     primary_metric: str
+    declared: dict[str, Any]
     runs: list[RunResult]
     failures: dict[str, str]
     wall_seconds: float
     comparisons: dict[str, list[Comparison]]
+    claims: list[Claim]
+    checkpoint_pairs: list[CheckpointPair]
     savings: Savings
     stores: list[dict[str, Any]]
+    splits: dict[str, dict[str, str]]
     arm_stores: dict[str, str]
     extractions: list[str]
     commands: dict[str, str]
@@ -70,29 +78,38 @@ class Results:
     def arms(self) -> list[str]:
         return list(dict.fromkeys(run.arm for run in self.runs))
 
+    def runs_of(self, arm: str) -> list[RunResult]:
+        return [run for run in self.runs if run.arm == arm]
+
     def bytes_per_token(self, arm: str) -> float:
         """Of the store that an arm reads, on disk."""
         return next(float(s["bytes_per_token"]) for s in self.stores if s["path"] == self.arm_stores[arm])
 
 
 def collect(config: ExperimentConfig, outcome: ExperimentRuns, runs_dir: Path) -> Results:
-    """Gather and compare. Raises ConfigError where two runs of a seed are not a pair."""
+    """Gather and compare. Raises ConfigError where two runs that are compared are not a pair."""
     runs = [
         _run_result(run.name, run.arm, run.recipe.seed, outcome.records[run.name], runs_dir)
         for run in config.runs
         if run.name in outcome.records
     ]
-    _require_pairs(runs)
+    _require_pairs(config, runs)
+    scores = {(run.arm, run.seed): read_scores(RunDirectory(runs_dir / run.name)) for run in runs}
     stores = [KVStore.open(extraction.store) for extraction in config.extractions]
+    comparisons = {metric: _compare_all(config, runs, scores, metric) for metric in _metrics(config)}
     return Results(
         name=config.name,
         primary_metric=config.primary_metric,
+        declared=_declared(config),
         runs=runs,
         failures=outcome.failures,
         wall_seconds=outcome.wall_seconds,
-        comparisons={metric: _compare_all(config, runs, metric) for metric in _metrics(config)},
+        comparisons=comparisons,
+        claims=claims(config, comparisons[config.primary_metric]),
+        checkpoint_pairs=[pair for question in config.comparisons for pair in checkpoint_pairs(question, scores)],
         savings=_savings(config, runs, stores),
         stores=[summarise(store) for store in stores],
+        splits={str(store.path): split_hashes(store) for store in stores},
         arm_stores={arm: str(config.store_of(arm).store) for arm in config.arms},
         extractions=[shlex.join(["kvpipe", "extract", *e.flags()]) for e in config.extractions],
         commands={
@@ -100,6 +117,17 @@ def collect(config: ExperimentConfig, outcome: ExperimentRuns, runs_dir: Path) -
             for arm, recipe in config.arms.items()
         },
     )
+
+
+def _declared(config: ExperimentConfig) -> dict[str, Any]:
+    return {
+        "greater_is_better": config.greater_is_better,
+        "seeds": list(config.seeds),
+        "tuning_seeds": list(config.tuning_seeds),
+        "budget": config.budget.to_dict(),
+        "eval_splits": sorted({recipe.eval_split for recipe in config.arms.values()}),
+        "comparisons": [asdict(question) for question in config.comparisons],
+    }
 
 
 def _metrics(config: ExperimentConfig) -> list[str]:
@@ -111,6 +139,8 @@ def _run_result(name: str, arm: str, seed: int, record: dict[str, Any], runs_dir
     logs = read_metrics(runs_dir / name / "metrics.jsonl")
     curve = [(int(entry["step"]), float(entry["eval_ce"])) for entry in logs if "eval_ce" in entry]
     scores = {metric: value for metric, value in record["metrics"].items() if value is not None}
+    if not curve or curve[-1][0] < record["steps"]:
+        curve.append((int(record["steps"]), float(scores["ce"])))
     scores["ce_auc"] = _area(curve)
     return RunResult(name, arm, seed, scores, curve, record)
 
@@ -119,40 +149,55 @@ def _area(curve: Curve) -> float:
     """Mean height of a learning curve between its first and last point."""
     steps, values = np.array([s for s, _ in curve], float), np.array([v for _, v in curve], float)
     if len(curve) < 2 or steps[-1] == steps[0]:
-        return float(values.mean()) if len(curve) else float("nan")
+        return float(values.mean())
     return float(np.trapezoid(values, steps) / (steps[-1] - steps[0]))
 
 
-def _require_pairs(runs: list[RunResult]) -> None:
-    """Runs that share a seed must share the initial student, the data order and the evaluation samples."""
-    first: dict[int, RunResult] = {}
-    for run in runs:
-        pair = first.setdefault(run.seed, run)
-        if run.record["pairing"] != pair.record["pairing"]:
-            raise ConfigError(
-                f"{run.name} and {pair.name} are not a pair",
-                expected=pair.record["pairing"],
-                found=run.record["pairing"],
-                remedy="Arms must not change the student, the batches or the evaluation split",
-            )
+def _require_pairs(config: ExperimentConfig, runs: list[RunResult]) -> None:
+    """Runs of one seed that are compared must share the initial student, the data order, the evaluation samples, and
+    how much they were trained."""
+    by_run = {(run.arm, run.seed): run for run in runs}
+    for question in config.comparisons:
+        for seed in config.seeds:
+            pair = [by_run[arm, seed] for arm in (question.arm, question.control) if (arm, seed) in by_run]
+            ours, *theirs = [{**run.record["pairing"], **_compute(run)} for run in pair] or [{}]
+            if theirs and theirs[0] != ours:
+                raise ConfigError(
+                    f"{pair[0].name} and {pair[1].name} are not a pair",
+                    expected=theirs[0],
+                    found=ours,
+                    remedy="Arms that are compared must not change the student, the batches or the evaluation split",
+                )
 
 
-def _compare_all(config: ExperimentConfig, runs: list[RunResult], metric: str) -> list[Comparison]:
+def _compute(run: RunResult) -> dict[str, int]:
+    return {name: run.record[name] for name in ("steps", "tokens")}
+
+
+def _compare_all(
+    config: ExperimentConfig, runs: list[RunResult], scores: Mapping[tuple[str, int], HeldOutScores], metric: str
+) -> list[Comparison]:
     """One family: Holm's correction spans all comparisons of a metric."""
-    scores: dict[str, dict[int, float]] = {arm: {} for arm in config.arms}
+    by_arm: dict[str, dict[int, float]] = {arm: {} for arm in config.arms}
     for run in runs:
         if metric in run.scores:
-            scores[run.arm][run.seed] = run.scores[metric]
-    # A margin is in the units of the primary metric.
-    asked = [q if metric == config.primary_metric else replace(q, margin=None) for q in config.comparisons]
-    return adjust([compare(q, metric, scores[q.arm], scores[q.control]) for q in asked])
+            by_arm[run.arm][run.seed] = run.scores[metric]
+
+    def answer(question: Question) -> Comparison:
+        # A margin is in the units of the primary metric.
+        asked = question if metric == config.primary_metric else replace(question, margin=None)
+        pair = by_arm[asked.arm], by_arm[asked.control]
+        seeds = sorted(pair[0].keys() & pair[1].keys())
+        return distribution_free(compare(asked, metric, *pair, sample_differences(asked, metric, seeds, scores)))
+
+    return adjust([answer(question) for question in config.comparisons])
 
 
 def arm_summary(results: Results, metric: str) -> Mapping[str, tuple[float, float, int]]:
     """Mean, standard deviation over seeds and number of seeds of every arm."""
     found = {}
     for arm in results.arms():
-        values = [run.scores[metric] for run in results.runs if run.arm == arm and metric in run.scores]
+        values = [run.scores[metric] for run in results.runs_of(arm) if metric in run.scores]
         if values:
             found[arm] = (
                 float(np.mean(values)),

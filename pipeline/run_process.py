@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import sys
 import threading
+from collections.abc import Sequence
 from functools import cache
 from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
@@ -22,10 +23,19 @@ from .distill import distill
 class RunProcess:
     """A started `distill`. `poll` tells when it is over; `said` is the last line of its log."""
 
-    def __init__(self, config: DistillConfig, store: Path, run_dir: Path, *, device: str, threads: int) -> None:
-        self._log = run_dir.with_name(f"{run_dir.name}.log")
-        self._log.parent.mkdir(parents=True, exist_ok=True)
-        arguments = (config, store, run_dir, device, threads, self._log)
+    def __init__(
+        self,
+        config: DistillConfig,
+        store: Path,
+        run_dir: Path,
+        *,
+        device: str,
+        threads: int,
+        report_to: Sequence[str] = (),
+    ) -> None:
+        self._run_dir = run_dir
+        run_dir.parent.mkdir(parents=True, exist_ok=True)
+        arguments = (config, store, run_dir, device, threads, report_to)
         self._process: BaseProcess = _context().Process(target=_run, args=arguments, daemon=True)
         self._process.start()
 
@@ -40,8 +50,21 @@ class RunProcess:
 
     @property
     def said(self) -> str:
-        lines = self._log.read_text(errors="replace").strip().splitlines()
-        return lines[-1] if lines else f"exit code {self.poll()} without a word"
+        return last_words(self._run_dir) or f"exit code {self.poll()} without a word"
+
+
+def log_path(run_dir: Path) -> Path:
+    """Beside the run's folder: what its process wrote."""
+    return run_dir.with_name(f"{run_dir.name}.log")
+
+
+def last_words(run_dir: Path) -> str:
+    """The last line of a run's log; empty where there is none."""
+    try:
+        lines = log_path(run_dir).read_text(errors="replace").strip().splitlines()
+    except FileNotFoundError:
+        return ""
+    return lines[-1] if lines else ""
 
 
 @cache
@@ -52,14 +75,16 @@ def _context() -> ForkServerContext:
     return context
 
 
-def _run(config: DistillConfig, store: Path, run_dir: Path, device: str, threads: int, log: Path) -> None:
-    with log.open("wb") as output:
+def _run(
+    config: DistillConfig, store: Path, run_dir: Path, device: str, threads: int, report_to: Sequence[str]
+) -> None:
+    with log_path(run_dir).open("wb") as output:
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
     try:
-        distill(config, store, run_dir, device=device)
+        distill(config, store, run_dir, device=device, report_to=report_to)
     except (KVPipeError, DataError, OSError) as error:
         sys.exit(str(error))
 

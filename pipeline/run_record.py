@@ -24,6 +24,7 @@ def description(
     return {
         "config": config.to_dict(),
         "steps": trainer.state.global_step,
+        "tokens": trainer.state.num_input_tokens_seen,
         "parameters": {"student": _trainable(distiller.student), "aligner": _trainable(distiller.aligner)},
         "collapsed": trainer.monitor.collapsed,
         "kv_gradient_share": trainer.monitor.gradient_share,

@@ -1,14 +1,14 @@
-"""The moments of a teacher's KV as a student sees it: what targets are normalised by."""
+"""The moments of a teacher's KV: as a student sees it, for targets; as it is stored, for noise like it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
+from .channel_moments import ChannelMoments, Moments
 from .distiller import KVDistiller
+from .kv_controls import TEACHERS
 from .training_data import KVDataset
 
 MAX_SAMPLES = 256
@@ -17,20 +17,24 @@ MAX_SAMPLES = 256
 BATCH = 16
 
 
-def teacher_moments(
-    distiller: KVDistiller, dataset: KVDataset, indices: Sequence[int]
-) -> tuple[Float[Tensor, "L 2 1 H 1 D"], Float[Tensor, "L 2 1 H 1 D"]]:
+def teacher_moments(distiller: KVDistiller, dataset: KVDataset, indices: Sequence[int]) -> Moments:
     """Mean and standard deviation of every channel over the compared tokens of the first samples of `indices`."""
     chosen = [int(index) for index in indices[:MAX_SAMPLES]]
-    count, total, squares = 0, torch.zeros(()), torch.zeros(())
+    moments = ChannelMoments()
     for start in range(0, len(chosen), BATCH):
         batch = dataset.__getitems__(chosen[start : start + BATCH])
-        kv, mask = distiller.teacher_side(batch)
-        # Tokens that are not compared are zero from here on, so they add nothing to either sum.
-        tokens = kv.double() * mask[None, None, :, None, :, None]
-        count += int(mask.sum())
-        total = total + tokens.sum(dim=(2, 4), keepdim=True)
-        squares = squares + tokens.square().sum(dim=(2, 4), keepdim=True)
-    mean = total / max(1, count)
-    variance = (squares / max(1, count) - mean.square()).clamp_min(0)
-    return mean.float(), variance.sqrt().float()
+        moments.update(*distiller.teacher_side(batch))
+    return moments.value()
+
+
+def stored_moments(dataset: KVDataset, indices: Sequence[int]) -> dict[str, Moments]:
+    """The same of `teacher_kv` and `teacher_queries` as the store keeps them, over all tokens that it keeps."""
+    chosen = [int(index) for index in indices[:MAX_SAMPLES]]
+    moments: dict[str, ChannelMoments] = {}
+    for start in range(0, len(chosen), BATCH):
+        rows = chosen[start : start + BATCH]
+        batch = dataset.__getitems__(rows)
+        for name in (name for name in TEACHERS if name in batch):
+            kept = torch.arange(batch[name].shape[-2]) < torch.from_numpy(dataset.store.kv_length[rows])[:, None]
+            moments.setdefault(name, ChannelMoments()).update(batch[name], kept.int())
+    return {name: moment.value() for name, moment in moments.items()}

@@ -166,6 +166,8 @@ class DistillTrainer(Trainer):
         metrics = {f"{metric_key_prefix}_{k}": v for k, v in self._evaluate_fn(distiller).items()}
         self.eval_seconds += time.perf_counter() - start
         self.log(dict(metrics))
+        # Trainer would ask again where an epoch ends with this step.
+        self.control.should_evaluate = False
         return metrics
 
     # ------------------------------------------------------------------ checkpoints

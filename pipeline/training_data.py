@@ -6,23 +6,19 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from jaxtyping import Int
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..data.sample import Segment
-from ..kvcache.layout import take_tokens
 from ..kvcache.reader import KVReader
 from ..kvcache.store import KVStore
+from .kv_controls import KVControl
 from .losses import IGNORED
 from .student_text import StudentText, teachers_tokens
 from .token_alignment import TokenAlignment
 
 Batch = dict[str, Tensor]
-
-TEACHERS = {"teacher_kv", "teacher_queries"}
-"""What a batch holds of every token of the teacher's."""
 
 
 class KVDataset(Dataset[Batch]):
@@ -37,8 +33,7 @@ class KVDataset(Dataset[Batch]):
     - `time_index` and `time_weight` `[B, T, *]`, where student and teacher read different tokens: see `TimeMap`;
     - `kv_mask` `[B, T]`, where `segments` leaves some out: 1 on the student's tokens whose KV is compared.
 
-    `shuffle_seed` permutes every sample's teacher KV in time, the same way each epoch: the control that keeps all of
-    the target but its place.
+    A `control` changes the teacher's side of every batch: see `KVControl`.
     """
 
     def __init__(
@@ -50,7 +45,7 @@ class KVDataset(Dataset[Batch]):
         with_queries: bool = False,
         time_map: str = "identity",
         segments: Sequence[Segment] | None = None,
-        shuffle_seed: int | None = None,
+        control: KVControl | None = None,
     ) -> None:
         self.store = store
         self.text = text or teachers_tokens(store)
@@ -58,7 +53,7 @@ class KVDataset(Dataset[Batch]):
         self.with_queries = with_queries
         self.alignment = TokenAlignment(store, self.text, time_map) if time_map != "identity" else None
         self.segments = segments
-        self.shuffle_seed = shuffle_seed
+        self.control = control
 
     def __len__(self) -> int:
         return self.store.num_samples
@@ -88,19 +83,8 @@ class KVDataset(Dataset[Batch]):
             batch["kv_positions"] = positions
         if self.segments is not None:
             batch["kv_mask"] = torch.from_numpy(np.isin(segments, self.segments).astype(np.int64))
-        if self.shuffle_seed is not None:
-            order = self._order(indices, kv.shape[4], self.shuffle_seed)
-            batch |= {name: take_tokens(batch[name], order) for name in TEACHERS & batch.keys()}
-            positions = order if positions is None else positions.gather(1, order)
         if positions is not None:
             batch["teacher_positions"] = positions
-        return batch
-
-    def _order(self, indices: Sequence[int], width: int, seed: int) -> Int[Tensor, "B K"]:
-        """Where every teacher token is taken from: anywhere in its sample."""
-        order = torch.arange(width).repeat(len(indices), 1)
-        for row, index in enumerate(indices):
-            length = int(self.store.kv_length[index])
-            permutation = np.random.default_rng([seed, index]).permutation(length)
-            order[row, :length] = torch.from_numpy(permutation)
-        return order
+        if self.control is None:
+            return batch
+        return self.control(batch, indices, self.store.kv_length[np.asarray(indices)])

@@ -92,15 +92,17 @@ def curve(folder: Path) -> list[dict[str, Any]]:
 EXPERIMENT = """
 name = "x"
 primary_metric = "ce"
+greater_is_better = false
 seeds = [1, 2]
 [extract]
 model = "qwen"
 samples = 40
 eval_samples = 4
 store = "x.zarr"
+[budget]
+max_steps = 6
 [base]
 batch_size = 8
-max_steps = 6
 max_new_tokens = 4
 [arms.none]
 mode = "none"

@@ -298,6 +298,7 @@ def test_after_the_holder_is_killed_one_of_those_who_wait_gets_it(
 EXPERIMENT = """
 name = "x"
 primary_metric = "ce"
+greater_is_better = false
 seeds = [1, 2]
 [extract]
 model = "qwen"
@@ -305,9 +306,10 @@ samples = 40
 eval_samples = 4
 max_shard_bytes = 400000
 store = "x.zarr"
+[budget]
+max_steps = {steps}
 [base]
 batch_size = 8
-max_steps = {steps}
 max_new_tokens = 4
 [arms.none]
 mode = "none"

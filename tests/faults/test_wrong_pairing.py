@@ -78,7 +78,7 @@ RECIPE: dict[str, Any] = {
     "match_params": "structured",
     "start": "closed-form",
     "closed_form": "procrustes",
-    "shuffle_kv": True,
+    "kv_control": "shuffled",
     "kv_loss": "smooth-l1",
     "kv_segments": "reasoning",
     "kv_weight": 2.0,

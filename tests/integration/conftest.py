@@ -29,7 +29,7 @@ ARMS = {
     "structured": ["--mode", "structured"],
     "flat": ["--mode", "flat"],
     "none": ["--mode", "none"],
-    "flat-shuffled": ["--mode", "flat", "--shuffle-kv"],
+    "flat-shuffled": ["--mode", "flat", "--kv-control", "shuffled"],
 }
 
 

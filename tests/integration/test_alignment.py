@@ -37,7 +37,7 @@ RUNS: dict[str, list[object]] = {
     "evicted segments": ["--store", "evicted.zarr", "--kv-segments", "answer", "--key-space", "pre-rope"],
     "teacher post-rope": [*TEACHER, *STILL],
     "teacher pre-rope": [*TEACHER, *STILL, "--key-space", "pre-rope"],
-    "teacher shuffled": [*TEACHER, *STILL, "--key-space", "pre-rope", "--shuffle-kv"],
+    "teacher shuffled": [*TEACHER, *STILL, "--key-space", "pre-rope", "--kv-control", "shuffled"],
     "uniform": ["--layer-map", "uniform"],
     "cka": ["--layer-map", "cka"],
     "file": ["--layer-map", "map.json"],

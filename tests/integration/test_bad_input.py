@@ -22,10 +22,13 @@ RUN = ["--store", "stored.zarr", "--max-steps", 1, "--output-dir", "new-run"]
 EXPERIMENT = """
 name = "{name}"
 primary_metric = "ce"
+greater_is_better = false
 seeds = {seeds}
 [extract]
 model = "teacher"
 samples = {samples}
+[budget]
+epochs = 1
 [arms.flat]
 mode = "flat"
 [arms.none]
@@ -127,7 +130,9 @@ DISTILL_CASES = {
     "max steps 0": _distill("--max-steps", 0, says=("expected at least 1", "found 0", "--max-steps")),
     "learning rate": _distill("--learning-rate", "nan", says=("expected", "found nan", "--learning-rate")),
     "seed": _distill("--seed", -1, says=("expected 0 or more", "found -1", "--seed")),
-    "nothing to shuffle": _distill("--mode", "none", "--shuffle-kv", says=("expected a mode that uses KV",)),
+    "nothing to shuffle": _distill(
+        "--mode", "none", "--kv-control", "shuffled", says=("expected none with mode none",)
+    ),
     "eval split": _distill("--eval-split", "nosuch", says=("expected train or validation or test, found nosuch",)),
     "unknown student": _distill("--student", "nosuch", says=("cannot load the student 'nosuch'", "--student")),
     "student's weights": _distill("--student", "cut", says=("cannot load the student 'cut'", "Mend --student")),
@@ -150,11 +155,11 @@ DISTILL_CASES = {
     "inspect a folder": Case(["inspect", "folder"], ("found a folder without zarr.json",)),
     "no experiment": Case(["experiment", "run", "no.toml"], ("no experiment file at no.toml", "expected a .toml file")),
     "jobs 0": Case(["experiment", "run", "sound.toml", "--jobs", 0], ("expected at least 1, found 0", "--jobs")),
-    "experiment arm": Case(["experiment", "run", "arm.toml"], ("arm.toml: comparisons", "expected", "nosuch")),
-    "experiment mode": Case(["experiment", "run", "mode.toml"], ("mode.toml: arms.none", "nosuch")),
-    "experiment samples": Case(["experiment", "run", "samples.toml"], ("samples.toml: extract", "found 'many'")),
-    "experiment seeds": Case(["experiment", "run", "seeds.toml"], ("seeds.toml: seeds", "found [1, 1]")),
-    "experiment field": Case(["experiment", "run", "field.toml"], ("field.toml: arms.none", "found modus")),
+    "experiment arm": Case(["experiment", "run", "arm.toml"], ("arm.toml, line 15: comparisons.0", "nosuch")),
+    "experiment mode": Case(["experiment", "run", "mode.toml"], ("mode.toml, line 14: arms.none.mode", "nosuch")),
+    "experiment samples": Case(["experiment", "run", "samples.toml"], ("line 8: extract.samples", "found 'many'")),
+    "experiment seeds": Case(["experiment", "run", "seeds.toml"], ("seeds.toml, line 5: seeds", "found [1, 1]")),
+    "experiment field": Case(["experiment", "run", "field.toml"], ("line 14: arms.none.modus", "found modus")),
     "experiment key": Case(["experiment", "run", "missing.toml"], ("missing.toml", "secondary_metric")),
     "experiment syntax": Case(["experiment", "run", "syntax.toml"], ("syntax.toml is not TOML", "expected TOML")),
 }

@@ -1,4 +1,4 @@
-"""`kvpipe experiment run`: two arms by two seeds, then again with an arm that cannot run."""
+"""`kvpipe experiment`: two arms by two seeds, then again with an arm that cannot run; a tracker; a broken split."""
 
 from __future__ import annotations
 
@@ -6,9 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
 EXPERIMENT = """
 name = "tiny"
 primary_metric = "ce"
+greater_is_better = false
 seeds = [1, 2]
 
 [extract]
@@ -17,8 +20,10 @@ store = "stores/tiny.zarr"
 samples = 24
 eval_samples = 4
 
+[budget]
+max_steps = 6
+
 [base]
-epochs = 2
 batch_size = 8
 max_new_tokens = 4
 
@@ -61,15 +66,29 @@ def test_an_experiment_is_run_once_and_survives_an_arm_that_fails(kvpipe: Any, t
     unfinished.with_name("metrics.jsonl").write_text("garbage\n")
     kvpipe("experiment", "run", "tiny.toml", cwd=tmp_path)
 
-    again, greedy = kvpipe.many(
+    again, greedy, reported, status, greedy_status, differ = kvpipe.many(
         [
             ["experiment", "run", "tiny.toml", "--jobs", 2],
             ["experiment", "run", "greedy.toml", "--jobs", 2, "--report-dir", "reports/greedy"],
+            ["experiment", "report", "tiny.toml", "--report-dir", "reports/again"],
+            ["experiment", "status", "tiny.toml"],
+            ["experiment", "status", "greedy.toml"],
+            ["report", "diff", "reports/tiny", "reports/greedy"],
         ],
         cwd=tmp_path,
     )
-    assert again.code == 0
+    assert again.code == reported.code == status.code == greedy_status.code == differ.code == 0
     assert again.stdout == first.stdout
+    assert reported.stdout == first.stdout.replace("reports/tiny", "reports/again")
+    _check_report(tmp_path / "reports" / "again")
+    for name in ("results.json", "report.html", "report.md"):
+        written_again = (tmp_path / "reports" / "again" / name).read_bytes()
+        assert written_again == (tmp_path / "reports" / "tiny" / name).read_bytes(), "the same but for times"
+    assert status.stdout.splitlines()[-1] == "4 runs: 4 finished"
+    assert greedy_status.stdout.splitlines()[-1] == "6 runs: 4 finished, 2 failed"
+    assert "expected at most 24, found 1000" in greedy_status.stdout
+    assert "arm greedy" in differ.stdout
+    assert "failed greedy-seed1" in differ.stdout
     assert greedy.code == 1
     assert {name: path.stat().st_mtime_ns for name, path in records.items()} == written, "no run was repeated"
     for seed in (1, 2):
@@ -83,7 +102,7 @@ def test_an_experiment_is_run_once_and_survives_an_arm_that_fails(kvpipe: Any, t
     assert set(results["failures"]) == {"greedy-seed1", "greedy-seed2"}
     assert "greedy-seed1" in (tmp_path / "reports" / "greedy" / "report.md").read_text()
     by_arm = {comparison["arm"]: comparison for comparison in results["comparisons"]["ce"]}
-    assert by_arm["greedy"]["verdict"] == "no verdict"
+    assert by_arm["greedy"]["verdict"] is None
     assert by_arm["greedy"]["seeds"] == []
     assert by_arm["flat"]["seeds"] == [1, 2]
 
@@ -98,7 +117,9 @@ def _check_report(folder: Path) -> None:
         assert pairings["flat", seed] == pairings["none", seed]
     assert pairings["flat", 1] != pairings["flat", 2]
     assert all(run["record"]["teacher_forwards"] == 0 for run in results["runs"])
-    assert all(len(run["curve"]) == 2 for run in results["runs"])
+    assert all([step for step, _ in run["curve"]] == [1, 2, 3, 4, 5, 6] for run in results["runs"])
+    assert all(run["record"]["steps"] == 6 for run in results["runs"])
+    assert len({run["record"]["tokens"] for run in results["runs"] if run["seed"] == 1}) == 1
     (comparison,) = results["comparisons"]["ce"]
     expected = [scores["flat", seed] - scores["none", seed] for seed in (1, 2)]
     assert comparison["seeds"] == [1, 2]
@@ -121,3 +142,37 @@ def _check_report(folder: Path) -> None:
 
 def _no_constants(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
+
+
+def test_a_tracker_gets_what_a_run_logs_and_one_that_is_not_there_is_refused(
+    kvpipe: Any, teacher: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "tiny.toml").write_text(EXPERIMENT.format(teacher=teacher).replace("seeds = [1, 2]", "seeds = [1]"))
+    refused = kvpipe("experiment", "run", "tiny.toml", "--report-to", "paper", cwd=tmp_path, code=2)
+    assert "no such tracker is installed: expected" in refused.stderr
+    longer = ("--set", "budget.max_steps=16")
+    kvpipe("experiment", "run", "tiny.toml", *longer, "--report-to", "tensorboard", cwd=tmp_path)
+    (events,) = (tmp_path / "runs" / "tiny" / "flat-seed1").rglob("events.out.tfevents.*")
+    accumulator = EventAccumulator(str(events))
+    accumulator.Reload()
+    assert {"train/ce", "train/kv", "eval/ce"} <= set(accumulator.Tags()["scalars"])
+    assert [event.step for event in accumulator.Scalars("eval/ce")] == [2, 4, 6, 8, 10, 12, 14, 16]
+
+
+def test_held_out_text_that_is_in_the_training_text_stops_an_experiment(
+    kvpipe: Any, teacher: Path, tmp_path: Path
+) -> None:
+    words = ("apples", "pears", "plums", "figs", "nuts", "eggs", "pens", "cups", "keys", "maps")
+    questions = [
+        f"Tom has {n} {thing} and eats two of them every single day. How many?" for n, thing in enumerate(words)
+    ]
+    # Every question once more, shouted: the same text for who looks at words, another for who looks at letters.
+    lines = [
+        json.dumps({"question": q, "answer": "He thinks.\n#### 3"}) for q in (*questions, *map(str.upper, questions))
+    ]
+    (tmp_path / "twice.jsonl").write_text("\n".join(lines))
+    text = EXPERIMENT.format(teacher=teacher).replace("samples = 24", 'dataset = "twice.jsonl"')
+    (tmp_path / "tiny.toml").write_text(text)
+    refused = kvpipe("experiment", "run", "tiny.toml", cwd=tmp_path, code=2)
+    assert "and train overlap: expected no" in refused.stderr
+    assert not (tmp_path / "runs").exists()

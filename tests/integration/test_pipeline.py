@@ -103,7 +103,7 @@ def test_a_run_leaves_its_record(run_of: Callable[[str], Path], store: Path, arm
     assert record["steps"] == STEPS
     assert record["collapsed"] is False
     assert record["resumed_from"] is None
-    assert record["config"]["shuffle_kv"] is (arm == "flat-shuffled")
+    assert (record["config"]["kv_control"] == "shuffled") is (arm == "flat-shuffled")
     assert record["parameters"]["aligner"] == ALIGNER_PARAMETERS[arm.removesuffix("-shuffled")]
     assert record["parameters"]["student"] > 100_000
     seconds = record["seconds"]
@@ -132,7 +132,7 @@ def test_the_arms_of_a_seed_are_paired(run_of: Callable[[str], Path]) -> None:
 def test_metrics_are_logged_with_their_steps(run_of: Callable[[str], Path], arm: str) -> None:
     run = run_of(arm)
     logs = _lines(run / "metrics.jsonl")
-    assert [entry["step"] for entry in logs if "eval_ce" in entry] == [6, 12, 18, 24, 30]
+    assert [entry["step"] for entry in logs if "eval_ce" in entry] == [4, 8, 12, 16, 20, 24, 28, 30]
     assert [entry["step"] for entry in logs if "loss" in entry] == [10, 20, 30]
     losses = next(entry for entry in logs if "loss" in entry)
     assert ("kv" in losses) is (arm != "none")

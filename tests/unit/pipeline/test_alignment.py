@@ -16,7 +16,7 @@ from kvpipe.kvcache.align.layer_map import cka_map, layer_map
 from kvpipe.kvcache.align.teacher_view import KeySpace
 from kvpipe.kvcache.errors import ConfigError, StoreError
 from kvpipe.kvcache.store import KVStore
-from kvpipe.pipeline.alignment import build_distiller, build_view, kv_dataset, layer_similarity
+from kvpipe.pipeline.alignment import build_distiller, build_view, kv_dataset, layer_similarity, training_dataset
 from kvpipe.pipeline.config import DistillConfig
 from kvpipe.pipeline.distiller import KVDistiller
 from kvpipe.pipeline.extract import extract
@@ -82,7 +82,7 @@ def build(
     """A recipe's distiller and the batches that it trains on."""
     config, text = DistillConfig(**recipe), text or teachers_tokens(store)
     train = store.indices("train").tolist()
-    return build_distiller(config, store, student, text, train), kv_dataset(config, store, text, shuffled=True)
+    return build_distiller(config, store, student, text, train), training_dataset(config, store, text, train)
 
 
 def teachers_side(store: KVStore, student: PreTrainedModel, **recipe: Any) -> tuple[Tensor, Tensor]:
@@ -146,7 +146,7 @@ def test_shuffled_keys_are_turned_back_from_where_they_really_were(
     store: KVStore = request.getfixturevalue(kept)
     recipe = {"key_space": "pre-rope", "text": same_tokens(store) if own_text else None}
     plain, mask = teachers_side(store, student, **recipe)
-    shuffled, its_mask = teachers_side(store, student, **recipe, shuffle_kv=True, seed=3)
+    shuffled, its_mask = teachers_side(store, student, **recipe, kv_control="shuffled", seed=3)
     assert torch.equal(its_mask, mask)
     for row in range(len(ROWS)):
         before, after = (kv[:, :, row, :, mask[row].bool()] for kv in (plain, shuffled))

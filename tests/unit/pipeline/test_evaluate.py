@@ -75,11 +75,13 @@ def test_evaluate_tokens_is_a_loop_over_unpadded_samples(
     store, _ = stored
     student = make_model()
     losses, hits = reference_tokens(student, store)
-    metrics, sample_ce = evaluate_tokens(make_distiller(student, store, mode), KVDataset(store, with_kv=True), ALL)
+    metrics, samples = evaluate_tokens(make_distiller(student, store, mode), KVDataset(store, with_kv=True), ALL)
     count = sum(map(len, losses))
     assert metrics["ce"] == pytest.approx(sum(map(sum, losses)) / count, rel=1e-5)
     assert metrics["token_accuracy"] == pytest.approx(sum(map(sum, hits)) / count)
-    assert sample_ce == pytest.approx([sum(sample) / len(sample) for sample in losses], rel=1e-4)
+    assert [sample.tokens for sample in samples] == [len(sample) for sample in losses]
+    assert [sample.ce for sample in samples] == pytest.approx([sum(s) / len(s) for s in losses], rel=1e-4)
+    assert [sample.token_accuracy for sample in samples] == pytest.approx([sum(s) / len(s) for s in hits])
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 32])
@@ -130,7 +132,7 @@ def test_samples_are_reported_in_the_order_asked_for(stored: Stored, make_model:
     distiller, dataset = make_distiller(make_model(), store, None), KVDataset(store, with_kv=False)
     _, forward = evaluate_tokens(distiller, dataset, [5, 1, 7])
     _, backward = evaluate_tokens(distiller, dataset, [7, 1, 5])
-    assert forward == pytest.approx(backward[::-1], rel=1e-5)
+    assert [s.ce for s in forward] == pytest.approx([s.ce for s in backward[::-1]], rel=1e-5)
 
 
 def one_by_one(

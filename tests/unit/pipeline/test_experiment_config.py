@@ -8,21 +8,27 @@ from pathlib import Path
 
 import pytest
 from kvpipe.kvcache.errors import ConfigError
+from kvpipe.pipeline.claims import claims
 from kvpipe.pipeline.config import DistillConfig
-from kvpipe.pipeline.experiment_config import load_experiment
-from kvpipe.pipeline.stats import Question
+from kvpipe.pipeline.experiment_config import ExperimentConfig, load_experiment
+from kvpipe.pipeline.experiment_file import _key_lines
+from kvpipe.pipeline.stats import Comparison, Question, Verdict
 
 GOOD = """
 name = "pilot"
 primary_metric = "ce"
+greater_is_better = false
 seeds = [3, 1]
 
 [extract]
 model = "qwen"
 samples = 40
 
-[base]
+[budget]
 epochs = 2
+
+[base]
+kv_weight = 2
 batch_size = 8
 
 [arms.none]
@@ -30,14 +36,14 @@ mode = "none"
 
 [arms.flat]
 mode = "flat"
-batch_size = 4
+learning_rate = 0.004
 
 [[comparisons]]
 arm = "flat"
 control = "none"
 """
 
-BASE = "[base]\nepochs = 2\nbatch_size = 8\n"
+BASE = "[base]\nkv_weight = 2\nbatch_size = 8\n"
 EXTRACT = '[extract]\nmodel = "qwen"\nsamples = 40\n'
 COMPARISON = '[[comparisons]]\narm = "flat"\ncontrol = "none"\n'
 
@@ -54,23 +60,48 @@ def write(tmp_path: Path) -> Write:
     return write
 
 
+def answered(experiment: ExperimentConfig, verdict: Verdict) -> list[Comparison]:
+    """Every question of an experiment with one and the same answer."""
+    return [Comparison(q.arm, q.control, "ce", (), (), *(0.0,) * 6, verdict=verdict) for q in experiment.comparisons]
+
+
+def test_every_experiment_that_ships_is_sound(root: Path) -> None:
+    files = sorted((root / "experiments").glob("*.toml"))
+    experiments = {file.stem: load_experiment(file) for file in files}
+    assert {name: experiment.name for name, experiment in experiments.items()} == {name: name for name in experiments}
+    # No seed is reported twice, and none that is reported was tuned on.
+    tuned = {0, 1, 2}
+    reported = [seed for name, e in experiments.items() if not name.endswith("-tuning") for seed in e.seeds]
+    assert len(set(reported)) == len(reported)
+    assert not tuned & set(reported)
+    for name, experiment in experiments.items():
+        splits = {recipe.eval_split for recipe in experiment.arms.values()}
+        assert splits == {"validation" if name.endswith("-tuning") else "test"}
+        assert (set(experiment.seeds) <= tuned) is name.endswith("-tuning")
+
+
 def test_the_experiment_that_ships(root: Path) -> None:
     experiment = load_experiment(root / "experiments" / "ab.toml")
     assert experiment.name == "ab"
-    assert len(experiment.seeds) >= 6
-    assert {"none", "flat", "structured", "flat-shuffled"} <= set(experiment.arms)
-    assert Question("structured", "flat") in experiment.comparisons
+    assert len(experiment.seeds) >= 8
+    assert not set(experiment.seeds) & set(experiment.tuning_seeds)
+    assert experiment.comparisons[0] == Question("structured", "flat")
     assert experiment.extract.store == Path("stores/qwen.zarr")
     assert len({run.name for run in experiment.runs}) == len(experiment.seeds) * len(experiment.arms)
     # Alignment is the only difference between the two arms that the experiment is about.
-    assert replace(experiment.arms["flat"], mode="structured") == experiment.arms["structured"]
+    structured = replace(experiment.arms["flat"], mode="structured", match_params="flat")
+    assert structured == experiment.arms["structured"]
+    # One of them is compared with all of its controls.
+    claim = next(claim for claim in claims(experiment, answered(experiment, "better")) if claim.arm == "flat")
+    assert claim.holds
+    assert list(claim.beaten) == ["no KV", "shuffled KV", "random KV"]
 
 
 def test_arms_are_the_base_with_their_own_fields(write: Write) -> None:
     experiment = load_experiment(write(GOOD))
     assert experiment.arms == {
-        "none": DistillConfig(mode="none", epochs=2.0, batch_size=8),
-        "flat": DistillConfig(mode="flat", epochs=2.0, batch_size=4),
+        "none": DistillConfig(mode="none", epochs=2.0, batch_size=8, kv_weight=2.0),
+        "flat": DistillConfig(mode="flat", epochs=2.0, batch_size=8, kv_weight=2.0, learning_rate=0.004),
     }
     assert experiment.extract.samples == 40
     assert experiment.comparisons == (Question("flat", "none"),)
@@ -85,7 +116,7 @@ def test_runs_go_seed_by_seed_so_that_pairs_finish_together(write: Write) -> Non
 def test_a_file_needs_no_base_and_may_name_its_store(write: Write) -> None:
     text = GOOD.replace(BASE, "").replace("samples = 40", 'store = "here/kv.zarr"')
     experiment = load_experiment(write(text))
-    assert experiment.arms["none"] == DistillConfig(mode="none")
+    assert experiment.arms["none"] == DistillConfig(mode="none", epochs=2.0)
     assert experiment.extract.store == Path("here/kv.zarr")
 
 
@@ -95,7 +126,7 @@ SMALL = '[stores.small]\ncodec = "int4"\n'
 def test_arms_may_read_stores_of_their_own(write: Write) -> None:
     text = GOOD.replace(BASE, BASE + SMALL).replace('mode = "flat"', 'mode = "flat"\nstore = "small"')
     experiment = load_experiment(write(text))
-    assert experiment.arms["flat"] == DistillConfig(mode="flat", epochs=2.0, batch_size=4)
+    assert experiment.arms["flat"] == load_experiment(write(GOOD)).arms["flat"]
     own = replace(experiment.extract, codec="int4", store=Path("stores/qwen-small.zarr"))
     assert experiment.store_of("none") == experiment.extract
     assert experiment.store_of("flat") == own
@@ -126,7 +157,7 @@ BROKEN = {
         "arms.flat.store: expected a table",
     ),
     "a store of another type": (BASE, BASE + "[stores]\nsmall = 3\n", "stores.small: expected a table"),
-    "a store with an unknown key": (BASE, BASE + "[stores.small]\ncodecs = 3\n", "stores.small has an unknown field"),
+    "a store with an unknown key": (BASE, BASE + "[stores.small]\ncodecs = 3\n", "stores.small.codecs: no such field"),
     "stores in one place": (
         BASE,
         BASE + SMALL + 'store = "a"\n[stores.other]\nstore = "a"\n',
@@ -143,10 +174,38 @@ BROKEN = {
         "arms.flat.store: expected a table",
     ),
     "a margin that is true": (COMPARISON, COMPARISON + "margin = true\n", "expected a margin above 0, found True"),
-    "a margin of nothing": (COMPARISON, COMPARISON + "margin = 0\n", "comparisons: expected a margin above 0, found 0"),
-    "a margin of words": (COMPARISON, COMPARISON + "margin = 'x'\n", "comparisons: expected a margin above 0, found x"),
+    "a margin of nothing": (
+        COMPARISON,
+        COMPARISON + "margin = 0\n",
+        "comparisons.0.margin: .* found 0",
+    ),
+    "a margin of words": (
+        COMPARISON,
+        COMPARISON + "margin = 'x'\n",
+        "comparisons.0.margin: .* found x",
+    ),
     "not TOML": ("[3, 1]", "[3, 1", "not TOML"),
-    "unknown key": ('name = "pilot"', 'name = "pilot"\nseed = 3', "unknown key: .* found seed"),
+    "unknown key": ('name = "pilot"', 'name = "pilot"\nseed = 3', "line 3: seed: unknown key: .* found seed"),
+    "a direction that is the metric's opposite": (
+        "greater_is_better = false",
+        "greater_is_better = true",
+        "line 4: greater_is_better: expected false, for ce, found true",
+    ),
+    "a direction of another type": ("greater_is_better = false", "greater_is_better = 0", "found 0"),
+    "seeds that were tuned on": ("[3, 1]", "[3, 1]\ntuning_seeds = [0, 1]", "seeds: expected none of .* found 1"),
+    "tuning seeds of another type": ("[3, 1]", "[3, 1]\ntuning_seeds = 0", "tuning_seeds: expected a list"),
+    "no budget": ("[budget]\nepochs = 2\n", "", "missing key: .* found no budget"),
+    "a budget of two kinds": ("epochs = 2", "epochs = 2\nmax_steps = 3", "budget: expected one of epochs, max_steps"),
+    "a budget of another kind": ("epochs = 2", "hours = 2", "budget.hours: no such field"),
+    "a budget of nothing": ("epochs = 2", "max_steps = 0", "line 12: budget.max_steps: max_steps makes no sense"),
+    "an arm with a budget": ("learning_rate = 0.004", "max_steps = 4", "arms.flat.max_steps: expected it in .budget"),
+    "a base with a budget": ("kv_weight = 2", "epochs = 2.0", "epochs: expected it in .budget"),
+    "an arm of other batches": ("learning_rate = 0.004", "batch_size = 4", "batch_size: .* for all arms, found 4, 8"),
+    "an arm of other samples": (
+        "learning_rate = 0.004",
+        "samples = 4",
+        "a budget in steps .* found 4, None",
+    ),
     "missing seeds": ("seeds = [3, 1]", "", "missing key: .* found no seeds"),
     "missing comparisons": (COMPARISON, "", "missing key: .* found no comparisons"),
     "name of another type": ('name = "pilot"', "name = 3", "name: .* found 3"),
@@ -159,27 +218,43 @@ BROKEN = {
     "seed below zero": ("[3, 1]", "[3, -1]", "seeds: "),
     "extract of another type": (GOOD, f"extract = 3\n{GOOD.replace(EXTRACT, '')}", "extract: expected a table"),
     "extract without a model": ('model = "qwen"\n', "", "extract: expected a model, found samples"),
-    "extract with an unknown key": ("samples = 40", "sample = 40", "extract has an unknown field: .* found sample"),
+    "extract with an unknown key": (
+        "samples = 40",
+        "sample = 40",
+        "line 9: extract.sample: no such field",
+    ),
     "extract with a value of another type": (
         "samples = 40",
         "samples = '40'",
-        "extract: samples: expected int or NoneType",
+        "line 9: extract.samples: expected int or NoneType",
     ),
-    "model of another type": ('model = "qwen"', "model = 3", "extract: model: expected str, found 3"),
+    "model of another type": ('model = "qwen"', "model = 3", "line 8: extract.model: expected str, found 3"),
     "base of another type": (GOOD, f"base = 3\n{GOOD.replace(BASE, '')}", "base: expected a table"),
-    "base with an unknown field": ("epochs = 2", "epoch = 2", "arms.none has an unknown field: .* found epoch"),
-    "base with a seed": ("epochs = 2", "seed = 2", "arms.none: expected no seed"),
-    "arm with a seed": ("batch_size = 4", "seed = 4", "arms.flat: expected no seed"),
-    "arm with a value of another type": ("batch_size = 4", "batch_size = 4.5", "arms.flat: batch_size: expected int"),
-    "arm with a value that makes no sense": ('mode = "flat"', 'mode = "round"', "arms.flat: mode: .* found 'round'"),
-    "arm with a value below zero": ("batch_size = 4", "kv_weight = -1", "arms.flat: kv_weight makes no sense"),
+    "base with an unknown field": (
+        "kv_weight = 2",
+        "weight = 2",
+        "line 15: base.weight: no such field",
+    ),
+    "base with a seed": ("kv_weight = 2", "seed = 2", "seed: expected it in seeds"),
+    "arm with a seed": ("learning_rate = 0.004", "seed = 4", "line 23: arms.flat.seed: expected it in seeds"),
+    "arm with a value of another type": ("learning_rate = 0.004", "samples = 4.5", "arms.flat.samples: expected int"),
+    "arm with a value that makes no sense": (
+        'mode = "flat"',
+        'mode = "round"',
+        "line 22: arms.flat.mode: .*'round'",
+    ),
+    "arm with a value below zero": (
+        "learning_rate = 0.004",
+        "kv_weight = -1",
+        "line 23: arms.flat.kv_weight: ",
+    ),
     "arm that is no table": ("[arms.flat]", "[arms]\nround = 3\n[arms.flat]", "arms.round: expected a table, found 3"),
     "arm that is a path": ("[arms.flat]", '[arms."a/b"]', "arms: .* found 'a/b'"),
-    "comparison with an unknown arm": ('control = "none"', 'control = "no"', "comparisons: .* from none, flat"),
-    "comparison without a control": ('control = "none"', "", "comparisons: "),
-    "comparison with itself": ('control = "none"', 'control = "flat"', "comparisons: expected a different arm"),
-    "comparison with an unknown key": ('control = "none"', 'control = "none"\nalpha = 0.1', "comparisons: "),
-    "comparison with a list": ('control = "none"', 'control = ["none"]', "comparisons: "),
+    "comparison with an unknown arm": ('control = "none"', 'control = "no"', "comparisons.0: .* from none, flat"),
+    "comparison without a control": ('control = "none"', "", "comparisons.0: "),
+    "comparison with itself": ('control = "none"', 'control = "flat"', "comparisons.0: expected a different arm"),
+    "comparison with an unknown key": ('control = "none"', 'control = "none"\nalpha = 0.1', "comparisons.0: "),
+    "comparison with a list": ('control = "none"', 'control = ["none"]', "comparisons.0: "),
     "comparisons of another type": (
         GOOD,
         f"comparisons = 3\n{GOOD.replace(COMPARISON, '')}",
@@ -211,10 +286,10 @@ def test_a_file_that_is_not_there_or_not_text_is_refused(tmp_path: Path) -> None
 
 def test_overrides_replace_values_of_the_file_and_are_checked_like_them(write: Write) -> None:
     path = write(GOOD)
-    config = load_experiment(path, ["extract.samples=7", "base.epochs=1.5", "name=mine", "extract.dataset=my.jsonl"])
+    config = load_experiment(path, ["extract.samples=7", "budget.epochs=1.5", "name=mine", "extract.dataset=my.jsonl"])
     assert (config.name, config.extract.samples, config.extract.dataset) == ("mine", 7, "my.jsonl")
     assert {recipe.epochs for recipe in config.arms.values()} == {1.5}
-    for override in ("base.epoch=1", "nothing", "name.deeper=1", "extract.samples=many"):
+    for override in ("base.rate=1", "nothing", "name.deeper=1", "extract.samples=many"):
         with pytest.raises(ConfigError, match="found"):
             load_experiment(path, [override])
 
@@ -222,3 +297,34 @@ def test_overrides_replace_values_of_the_file_and_are_checked_like_them(write: W
 def test_an_unknown_primary_metric_is_refused_before_anything_runs(write: Write) -> None:
     with pytest.raises(ConfigError, match=r"primary_metric: expected ce or ce_auc or .*, found perplexity"):
         load_experiment(write(GOOD.replace('primary_metric = "ce"', 'primary_metric = "perplexity"')))
+
+
+def test_a_budget_in_tokens_or_steps_leaves_the_samples_to_the_arms(write: Write) -> None:
+    text = GOOD.replace("epochs = 2", "max_train_tokens = 700").replace("learning_rate = 0.004", "samples = 4")
+    arms = load_experiment(write(text)).arms
+    assert {recipe.max_train_tokens for recipe in arms.values()} == {700}
+    assert [recipe.samples for recipe in arms.values()] == [None, 4]
+
+
+def test_a_replaced_value_has_its_tables_line(write: Write) -> None:
+    path = write(GOOD)
+    with pytest.raises(ConfigError) as caught:
+        load_experiment(path, ["arms.flat.learning_rate=-1"])
+    assert str(caught.value).startswith(f"{path}, line 21: arms.flat.learning_rate: ")
+
+
+def test_lines_are_those_of_tables_keys_and_lists_of_tables() -> None:
+    text = 'a = 1\n[t]\nb = 2 # [no]\n[t."x"]\n[[c]]\narm = 1\n[[c]] # two\n  arm = 2\n[ s . u ]\n"k" = 3\n'
+    assert _key_lines(text) == {
+        "a": 1,
+        "t": 2,
+        "t.b": 3,
+        "t.x": 4,
+        "c": 5,
+        "c.0": 5,
+        "c.0.arm": 6,
+        "c.1": 7,
+        "c.1.arm": 8,
+        "s.u": 9,
+        "s.u.k": 10,
+    }

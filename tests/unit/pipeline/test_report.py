@@ -131,7 +131,7 @@ def tables_of(page: Page) -> list[list[list[str]]]:
     """Rows cut at each header."""
     tables: list[list[list[str]]] = []
     for row in page.rows:
-        if row[0] in ("arm", "comparison", "run"):
+        if row[0] in ("arm", "comparison", "run", "pair"):
             tables.append([])
         tables[-1].append(row)
     return tables
@@ -158,7 +158,7 @@ def test_the_tables_of_the_markdown_are_tables(report: Path) -> None:
                 tables.append([])
             assert line.endswith("|")
             tables[-1].append([cell.strip() for cell in line[1:-1].split("|")])
-    assert len(tables) == 5  # arms, and the comparisons of four metrics
+    assert len(tables) == 6  # arms, the comparisons of four metrics, and training
     for header, rule, *rows in tables:
         assert set(rule) == {"---"}
         assert rows
@@ -192,12 +192,12 @@ def test_the_same_numbers_give_the_same_figures(report: Path, tmp_path: Path, ma
 def test_a_sentence_says_the_verdict_and_its_numbers(make_experiment: MakeExperiment) -> None:
     flat, structured = results_of(make_experiment(ARMS)).comparisons["ce"]
     assert re.fullmatch(
-        r"flat is better than none \(difference in ce -0\.\d{4}, 95% CI -0\.\d{4} to -0\.\d{4}, "
+        r"flat is better than none \(difference in ce -0\.\d{4}, 95% CI over seeds and samples -0\.\d{4} to -0\.\d{4}, "
         r"Holm-adjusted p < 0\.0001, 6 paired seeds\)\.",
         sentence(flat),
     )
     assert sentence(replace(structured, verdict="inconclusive")).startswith("structured against none: inconclusive (")
-    assert "structured against none: no verdict" in sentence(replace(structured, verdict="no verdict"))
+    assert "structured against none: no verdict" in sentence(replace(structured, verdict=None))
 
 
 def test_numbers_that_are_not_there_are_dashes() -> None:
@@ -211,7 +211,8 @@ def test_several_stores_have_a_frontier(make_experiment: MakeExperiment, tmp_pat
     arm_stores = {arm: "small.zarr" if arm == "structured" else "large.zarr" for arm in ARMS}
     sizes = {"large.zarr": 2000.0, "small.zarr": 250.0}
     stores = [{**results.stores[0], "path": path, "bytes_per_token": size} for path, size in sizes.items()]
-    results = replace(results, stores=stores, arm_stores=arm_stores)
+    splits = dict.fromkeys(sizes, next(iter(results.splits.values())))
+    results = replace(results, stores=stores, splits=splits, arm_stores=arm_stores)
     assert [results.bytes_per_token(arm) for arm in ARMS] == [2000, 2000, 250]
     page = write_report(results, tmp_path)
     svg = ElementTree.fromstring((tmp_path / "frontier.svg").read_text())

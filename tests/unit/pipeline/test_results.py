@@ -30,6 +30,7 @@ def test_scores_and_curves_are_those_of_the_run_directories(make_experiment: Mak
         assert "exact_match" not in run.scores
         ce = run.scores["ce"]
         assert run.curve == [(10, ce + 1 / 10), (20, ce + 1 / 20), (40, ce + 1 / 40)]
+        assert run.record["steps"] == 40
         # The trapezoids under the curve above, over its width.
         assert run.scores["ce_auc"] == pytest.approx(ce + (10 * 0.075 + 20 * 0.0375) / 30)
 
@@ -47,7 +48,7 @@ def test_every_comparison_is_paired_by_seed(make_experiment: MakeExperiment) -> 
     assert against_flat.verdict == "inconclusive"
     assert [c.verdict for c in results.comparisons["token_accuracy"]] == ["better", "inconclusive"]
     # Nobody generated an answer.
-    assert [(c.num_seeds, c.verdict) for c in results.comparisons["exact_match"]] == [(0, "no verdict")] * 2
+    assert [(c.num_seeds, c.verdict) for c in results.comparisons["exact_match"]] == [(0, None)] * 2
 
 
 def test_a_margin_holds_on_the_primary_metric_alone(make_experiment: MakeExperiment) -> None:
@@ -63,7 +64,7 @@ def test_a_pair_with_a_failed_run_is_left_out(make_experiment: MakeExperiment) -
     assert results.failures == {"flat-seed2": "out of memory"}
     flat, structured = results.comparisons["ce"]
     assert flat.seeds == (0, 1, 3, 4, 5)
-    assert flat.verdict == "no verdict"
+    assert flat.verdict is None
     assert structured.seeds == (0, 1, 2, 3, 4, 5)
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from kvpipe.data.sample import Segment
 from kvpipe.kvcache.store import KVStore
+from kvpipe.pipeline.kv_controls import ShuffledKV
 from kvpipe.pipeline.losses import IGNORED
 from kvpipe.pipeline.training_data import KVDataset
 from torch import Tensor
@@ -79,7 +80,7 @@ def test_shuffling_permutes_the_real_tokens_of_each_sample(stored: Stored) -> No
     store, kv = stored
     indices = list(range(10))
     plain = KVDataset(store, with_kv=True).__getitems__(indices)
-    shuffled = KVDataset(store, with_kv=True, shuffle_seed=3).__getitems__(indices)
+    shuffled = KVDataset(store, with_kv=True, control=ShuffledKV(3)).__getitems__(indices)
     for name in ("input_ids", "attention_mask", "labels"):
         assert torch.equal(plain[name], shuffled[name])
     for index in indices:
@@ -93,7 +94,7 @@ def test_shuffling_permutes_the_real_tokens_of_each_sample(stored: Stored) -> No
 
 def test_one_permutation_serves_all_layers_heads_keys_and_values(stored: Stored) -> None:
     store, kv = stored
-    found = KVDataset(store, with_kv=True, shuffle_seed=3).__getitems__([1])["teacher_kv"][:, :, 0]
+    found = KVDataset(store, with_kv=True, control=ShuffledKV(3)).__getitems__([1])["teacher_kv"][:, :, 0]
     first = kv[1][0, 0, 0, :, 0].tolist()
     order = [first.index(value) for value in found[0, 0, 0, :, 0].tolist()]
     assert sorted(order) == list(range(33))
@@ -102,11 +103,11 @@ def test_one_permutation_serves_all_layers_heads_keys_and_values(stored: Stored)
 
 def test_a_samples_permutation_depends_on_the_seed_and_nothing_else(stored: Stored) -> None:
     store, _ = stored
-    dataset = KVDataset(store, with_kv=True, shuffle_seed=3)
+    dataset = KVDataset(store, with_kv=True, control=ShuffledKV(3))
     alone = dataset.__getitems__([3])["teacher_kv"][:, :, 0]
     again = dataset.__getitems__([4, 3, 1])["teacher_kv"][:, :, 1, :, : LENGTHS[3]]
-    fresh = KVDataset(store, with_kv=True, shuffle_seed=3).__getitems__([3])["teacher_kv"][:, :, 0]
-    other = KVDataset(store, with_kv=True, shuffle_seed=4).__getitems__([3])["teacher_kv"][:, :, 0]
+    fresh = KVDataset(store, with_kv=True, control=ShuffledKV(3)).__getitems__([3])["teacher_kv"][:, :, 0]
+    other = KVDataset(store, with_kv=True, control=ShuffledKV(4)).__getitems__([3])["teacher_kv"][:, :, 0]
     assert torch.equal(alone, again)
     assert torch.equal(alone, fresh)
     assert not torch.equal(alone, other)
@@ -114,7 +115,7 @@ def test_a_samples_permutation_depends_on_the_seed_and_nothing_else(stored: Stor
 
 def test_a_shuffled_batch_says_where_its_tokens_really_were(stored: Stored) -> None:
     store, kv = stored
-    batch = KVDataset(store, with_kv=True, shuffle_seed=3).__getitems__([1, 3])
+    batch = KVDataset(store, with_kv=True, control=ShuffledKV(3)).__getitems__([1, 3])
     for row, index in enumerate([1, 3]):
         length = LENGTHS[index]
         order = batch["teacher_positions"][row, :length]

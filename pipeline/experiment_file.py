@@ -1,0 +1,101 @@
+"""A TOML file that can say on which line each of its keys is."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..kvcache.errors import ConfigError
+
+_HEADER = re.compile(r"\s*\[{1,2}\s*(?P<table>[^\[\]#]+?)\s*\]{1,2}\s*(#.*)?$")
+_ASSIGNMENT = re.compile(r"\s*(?P<key>[\w.\"'-]+)\s*=")
+
+
+@dataclass(frozen=True)
+class ExperimentFile:
+    """The document, and the first line of every table and key, by dotted name (`arms.flat.mode`; of a list of tables,
+    `comparisons.0.arm`)."""
+
+    path: Path
+    document: Mapping[str, Any]
+    lines: Mapping[str, int]
+
+    @classmethod
+    def read(cls, path: Path, overrides: Sequence[str] = ()) -> ExperimentFile:
+        """Parse a file, with `overrides` such as `extract.samples=200` in place of its own values."""
+        try:
+            text = path.read_text(encoding="utf-8")
+            document = tomllib.loads(text)
+        except FileNotFoundError as error:
+            raise ConfigError(
+                f"no experiment file at {path}",
+                expected="a .toml file",
+                found="nothing",
+                remedy="Name one that is there",
+            ) from error
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{path} is not TOML", expected="TOML", found=error, remedy="Mend the file") from error
+        lines = _key_lines(text)
+        for override in overrides:
+            key = _override(document, override)
+            lines.pop(key, None)
+        return cls(path, document, lines)
+
+    def where(self, *keys: str) -> str:
+        """The file, the line of a key, or else of the nearest table around it, and the key."""
+        dotted = ".".join(filter(None, keys))
+        parts = dotted.split(".")
+        known = (self.lines.get(".".join(parts[:length])) for length in range(len(parts), 0, -1))
+        line = next((line for line in known if line is not None), None)
+        return f"{self.path}{f', line {line}' if line is not None else ''}: {dotted}"
+
+    def refuse(self, key: str, expected: str, found: object) -> ConfigError:
+        return ConfigError(self.where(key), expected=expected, found=found, remedy="Mend the file")
+
+    def table(self, key: str) -> dict[str, Any]:
+        """A table with entries at the top level. Raises ConfigError for anything else."""
+        table = self.document[key]
+        if not isinstance(table, dict) or not table:
+            raise self.refuse(key, "a table with entries", table)
+        return table
+
+
+def _key_lines(text: str) -> dict[str, int]:
+    """Where tables and keys begin, as people write them: one to a line. What stands within a longer value may be taken
+    for a key of that name, which no error asks for."""
+    lines: dict[str, int] = {}
+    table, counts = "", dict[str, int]()
+    for number, line in enumerate(text.splitlines(), 1):
+        if header := _HEADER.match(line):
+            table = _bare(header["table"])
+            if line.lstrip().startswith("[["):
+                lines.setdefault(table, number)
+                counts[table] = counts.get(table, -1) + 1
+                table = f"{table}.{counts[table]}"
+            lines.setdefault(table, number)
+        elif assignment := _ASSIGNMENT.match(line):
+            lines.setdefault(".".join(filter(None, (table, _bare(assignment["key"])))), number)
+    return lines
+
+
+def _bare(key: str) -> str:
+    return re.sub(r"[\"'\s]", "", key)
+
+
+def _override(document: dict[str, Any], override: str) -> str:
+    """Put `table.key=value` into the document, and return the key; a value that is not TOML is taken as text."""
+    dotted, equals, text = override.partition("=")
+    *tables, key = dotted.split(".")
+    for name in tables:
+        document = document.setdefault(name, {})
+    if not equals or not isinstance(document, dict):
+        raise ConfigError("no such override", expected="KEY=VALUE", found=override, remedy="Mend --set")
+    try:
+        document[key] = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        document[key] = text
+    return dotted

@@ -1,0 +1,63 @@
+"""How far an experiment is, read from its folders: any terminal can ask."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from ..kvcache.lock import is_held
+from .callbacks import read_metrics
+from .experiment_config import ExperimentConfig
+from .run_directory import RunDirectory
+from .run_process import last_words
+
+RunState = Literal["finished", "running", "failed", "waiting"]
+
+
+@dataclass(frozen=True)
+class RunStatus:
+    """One run: its state, and of a running one its progress, of a failed one the last line of what it said.
+    `seconds` is how long a finished one took."""
+
+    name: str
+    state: RunState
+    said: str = ""
+    seconds: float | None = None
+
+
+def experiment_status(config: ExperimentConfig, runs_dir: Path) -> list[RunStatus]:
+    """Every run of the grid, in the order of running."""
+    return [_status(runs_dir / run.name) for run in config.runs]
+
+
+def seconds_left(runs: Sequence[RunStatus]) -> float | None:
+    """If what is left takes as long as what is finished, side by side as now; None while that is not known."""
+    took = [run.seconds for run in runs if run.seconds is not None]
+    side_by_side = sum(run.state == "running" for run in runs)
+    left = sum(run.state in ("running", "waiting") for run in runs)
+    return sum(took) / len(took) * left / side_by_side if took and side_by_side else None
+
+
+def _status(path: Path) -> RunStatus:
+    run = RunDirectory(path)
+    if (record := run.read_record()) is not None:
+        return RunStatus(path.name, "finished", seconds=float(record["seconds"]["total"]))
+    if is_held(path):
+        return RunStatus(path.name, "running", progress_of(run))
+    said = last_words(path)
+    return RunStatus(path.name, "failed", said) if said else RunStatus(path.name, "waiting", progress_of(run))
+
+
+def progress_of(run: RunDirectory) -> str:
+    """The latest step and losses, where anyone can read them: in the run's metrics file, which is another run's until
+    it begins. Empty before."""
+    logs: list[dict[str, Any]] = []
+    with suppress(OSError, ValueError):
+        logs = [entry for entry in read_metrics(run.metrics) if "loss" in entry]
+    if not logs:
+        return ""
+    losses = "".join(f" · {part} {logs[-1][part]:.3f}" for part in ("ce", "kv") if part in logs[-1])
+    return f"step {logs[-1]['step']}{losses}"

@@ -1,0 +1,58 @@
+"""What is said of a grid's runs, from their folders alone."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from kvpipe.kvcache.lock import lock_path, only_writer
+from kvpipe.pipeline.experiment_status import RunStatus, experiment_status, seconds_left
+from kvpipe.pipeline.run_process import log_path
+
+ARMS = {"none": 0.9, "flat": 0.4}
+
+
+def test_runs_are_finished_running_failed_or_waiting(make_experiment: Callable[..., Any]) -> None:
+    missing = dict.fromkeys(("flat-seed1", "none-seed2", "flat-seed2"), "missing")
+    finished = make_experiment(ARMS, seeds=3, without=missing)
+    runs: Path = finished.runs_dir
+    log_path(runs / "none-seed2").write_text("something\n\nthe store has fewer samples\n")
+    running = runs / "flat-seed1"
+    running.mkdir()
+    (running / "metrics.jsonl").write_text('{"step": 10, "loss": 2.0, "ce": 1.5, "kv": 0.5}\n{"step": 20, "los')
+    with only_writer(running):
+        found = experiment_status(finished.config, runs)
+    assert found == [
+        RunStatus("none-seed0", "finished", seconds=8.0),
+        RunStatus("flat-seed0", "finished", seconds=8.0),
+        RunStatus("none-seed1", "finished", seconds=9.0),
+        RunStatus("flat-seed1", "running", "step 10 · ce 1.500 · kv 0.500"),
+        RunStatus("none-seed2", "failed", "the store has fewer samples"),
+        RunStatus("flat-seed2", "waiting"),
+    ]
+    # One runs at a time, two are left.
+    assert seconds_left(found) == pytest.approx(2 * 25 / 3)
+    # The process is gone, its marker too: the run goes on when the command is repeated.
+    assert experiment_status(finished.config, runs)[3].state == "waiting"
+
+
+@pytest.mark.parametrize(("holder", "held"), [("999999999", False), ("not a number", False), ("1", True)])
+def test_a_run_goes_on_where_its_process_lives(make_experiment: Callable[..., Any], holder: str, held: bool) -> None:
+    finished = make_experiment(ARMS, seeds=1, without={"flat-seed0": "missing"})
+    lock_path(finished.runs_dir / "flat-seed0").write_text(f"{holder}\n{socket.gethostname()}\n")
+    state = experiment_status(finished.config, finished.runs_dir)[1].state
+    assert (state == "running") is held
+
+
+def test_another_hosts_process_is_taken_at_its_word(make_experiment: Callable[..., Any]) -> None:
+    finished = make_experiment(ARMS, seeds=1, without={"flat-seed0": "missing"})
+    lock_path(finished.runs_dir / "flat-seed0").write_text("1234\nelsewhere\n")
+    assert experiment_status(finished.config, finished.runs_dir)[1].state == "running"
+
+
+def test_what_is_left_is_not_known_before_the_first_is_finished() -> None:
+    assert seconds_left([RunStatus("a", "running"), RunStatus("b", "waiting")]) is None
+    assert seconds_left([RunStatus("a", "finished", seconds=3.0)]) is None
