@@ -79,7 +79,7 @@ def require_layers(store: KVStore, layer_map: LayerMap) -> LayerMap:
             f"{store.path} lacks layers that the student learns from",
             expected=", ".join(map(str, used)),
             found=", ".join(map(str, kept)),
-            remedy=f"Extract again with --layers ratio:{layer_map.num_student_layers}, or all, into a new place "
+            remedy=f"Extract again with --layers {','.join(map(str, used))}, or all, into a new place "
             f"(missing: {', '.join(map(str, missing))})",
         )
     return layer_map.restrict(kept)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import constants, get_session
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -148,7 +149,7 @@ def require_causal(model: PreTrainedModel, option: str) -> None:
 def _load(loader: Callable[..., Any], name: str, kind: str, option: str, **options: Any) -> Any:
     try:
         return loader(locate(name), local_files_only=_is_offline(name), **options)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, StrictDataclassError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
         if Path(locate(name)).exists():
             raise ModelError(f"cannot load the {kind} {name!r}: {reason}", remedy=f"Mend {option}") from error
@@ -223,9 +224,22 @@ def load_student(student: str, tokenizer: PreTrainedTokenizerBase, *, random_ini
     text_config.bos_token_id, text_config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
     # Padding is masked wherever it stands; an id of another vocabulary would not even fit the embedding.
     text_config.pad_token_id = None
-    made = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    try:
+        made = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        _try_forward(made)
+    except (RuntimeError, ValueError, StrictDataclassError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise ModelError(f"{student!r} makes no working student: {reason}", remedy="Mend --student") from error
     require_causal(made, "--student")
     return made
+
+
+@torch.no_grad()
+def _try_forward(model: PreTrainedModel) -> None:
+    """Shapes that do not go together, such as an odd head_dim under rotary embedding, show in a forward pass alone."""
+    training = model.training
+    model.eval()(torch.zeros((1, 2), dtype=torch.long))
+    model.train(training)
 
 
 def starts_random(student: str, random_init: bool) -> bool:

@@ -32,6 +32,7 @@ def description(
         "peak_memory_bytes": _peak_memory(device),
         "teacher_forwards": teacher_forwards(),
         "device": str(device),
+        "threads": torch.get_num_threads(),
         "versions": _versions(),
     }
 

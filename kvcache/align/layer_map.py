@@ -186,20 +186,26 @@ def read_layer_map(path: Path, num_student_layers: int, num_teacher_layers: int)
 def _fitting(document: Any, where: str, num_student_layers: int, num_teacher_layers: int) -> LayerMap:
     match document:
         case {"layers": list() as layers, **rest} if not rest:
-            numbers = [int(j) for j in layers if type(j) is float and j in range(num_teacher_layers)]
-            if not len(numbers) == len(layers) == num_student_layers:
+            wrong = [j for j in layers if type(j) is not float or j not in range(num_teacher_layers)]
+            if wrong or len(layers) != num_student_layers:
                 expected = f"{num_student_layers} layers from 0 to {num_teacher_layers - 1}"
-                raise _refuse(f"{where} does not fit", expected, f"{len(layers)}, {len(numbers)} of them in reach")
-            return LayerMap.one_hot(numbers, num_teacher_layers)
+                raise _refuse(f"{where} does not fit", expected, _count(layers, wrong))
+            return LayerMap.one_hot([int(j) for j in layers], num_teacher_layers)
         case {"weights": list() as rows, **rest} if not rest:
-            numeric = [row for row in rows if isinstance(row, list) and all(type(weight) is float for weight in row)]
-            lengths = {len(row) for row in numeric}
-            if not (len(numeric) == len(rows) == num_student_layers and lengths == {num_teacher_layers}):
+            wrong = [row for row in rows if not _is_row(row, num_teacher_layers)]
+            if wrong or len(rows) != num_student_layers:
                 expected = f"{num_student_layers} rows of {num_teacher_layers} numbers"
-                found = f"{len(rows)} rows, {len(numeric)} of them of numbers, as many as {max(lengths, default=0)}"
-                raise _refuse(f"{where} does not fit", expected, found)
-            return LayerMap(tuple(map(tuple, numeric)))
+                raise _refuse(f"{where} does not fit", expected, _count(rows, wrong))
+            return LayerMap(tuple(map(tuple, rows)))
     raise _refuse(f"{where} is no layer map", '{"weights": [[...]]} or {"layers": [...]}', "other JSON")
+
+
+def _count(entries: list[Any], wrong: list[Any]) -> str:
+    return f"{len(entries)}, with {str(wrong[0])[:60]}" if wrong else str(len(entries))
+
+
+def _is_row(row: Any, length: int) -> bool:
+    return isinstance(row, list) and len(row) == length and all(type(weight) is float for weight in row)
 
 
 def _read_json(path: Path) -> Any:

@@ -116,7 +116,7 @@ def test_a_student_of_more_layers_than_were_kept_is_refused(folder: Path, said: 
     refused = said["distill first"]
     assert refused["code"] == 2
     assert "first.zarr lacks layers that the student learns from: expected 1, 3, found 0, 1." in refused["stderr"]
-    assert "--layers ratio:2" in refused["stderr"]
+    assert "--layers 1,3, or all" in refused["stderr"]
     assert not (folder / "first").exists()
 
 
