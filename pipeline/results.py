@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -106,7 +106,9 @@ def collect(config: ExperimentConfig, outcome: ExperimentRuns, runs_dir: Path) -
         wall_seconds=outcome.wall_seconds,
         comparisons=comparisons,
         claims=claims(config, comparisons[config.primary_metric]),
-        checkpoint_pairs=[pair for question in config.comparisons for pair in checkpoint_pairs(question, scores)],
+        checkpoint_pairs=[
+            pair for question in _without_margins(config.comparisons) for pair in checkpoint_pairs(question, scores)
+        ],
         savings=_savings(config, runs, stores),
         stores=[summarise(store) for store in stores],
         splits={str(store.path): split_hashes(store) for store in stores},
@@ -183,14 +185,18 @@ def _compare_all(
         if metric in run.scores:
             by_arm[run.arm][run.seed] = run.scores[metric]
 
-    def answer(question: Question) -> Comparison:
-        # A margin is in the units of the primary metric.
-        asked = question if metric == config.primary_metric else replace(question, margin=None)
+    def answer(asked: Question) -> Comparison:
         pair = by_arm[asked.arm], by_arm[asked.control]
         seeds = sorted(pair[0].keys() & pair[1].keys())
         return distribution_free(compare(asked, metric, *pair, sample_differences(asked, metric, seeds, scores)))
 
-    return adjust([answer(question) for question in config.comparisons])
+    questions = config.comparisons if metric == config.primary_metric else _without_margins(config.comparisons)
+    return adjust([answer(question) for question in questions])
+
+
+def _without_margins(questions: Iterable[Question]) -> list[Question]:
+    """Every pair once: a margin is in the units of the primary metric."""
+    return list(dict.fromkeys(replace(question, margin=None) for question in questions))
 
 
 def arm_summary(results: Results, metric: str) -> Mapping[str, tuple[float, float, int]]:

@@ -58,6 +58,14 @@ def test_a_margin_holds_on_the_primary_metric_alone(make_experiment: MakeExperim
     assert [(c.margin, c.verdict) for c in comparisons["token_accuracy"]] == [(None, "inconclusive")]
 
 
+def test_a_pair_that_is_asked_about_twice_is_compared_once_on_other_metrics(make_experiment: MakeExperiment) -> None:
+    twice = [Question("structured", "flat"), Question("structured", "flat", 0.02)]
+    finished = make_experiment(ARMS, comparisons=twice)
+    comparisons = collect(finished.config, finished.outcome, finished.runs_dir).comparisons
+    assert [c.margin for c in comparisons["ce"]] == [None, 0.02]
+    assert [c.margin for c in comparisons["token_accuracy"]] == [None]
+
+
 def test_a_pair_with_a_failed_run_is_left_out(make_experiment: MakeExperiment) -> None:
     finished = make_experiment(ARMS, without={"flat-seed2": "out of memory"})
     results = collect(finished.config, finished.outcome, finished.runs_dir)
