@@ -67,7 +67,8 @@ def paired_differences(results: Results) -> str:
         if comparison.margin is not None:
             axes.plot([-comparison.margin, comparison.margin], [row, row], "|", color=INK, markersize=14)
         axes.plot([comparison.mean_difference], [row], "D", color=COLOURS[1], markersize=6)
-    axes.set_yticks(range(len(comparisons)), [f"{c.arm} - {c.control}" for c in reversed(comparisons)])
+    labels = [f"{c.arm} - {c.control}{f', within {c.margin:g}' if c.margin else ''}" for c in reversed(comparisons)]
+    axes.set_yticks(range(len(comparisons)), labels)
     axes.set_xlabel(f"difference in {results.primary_metric}, one dot a seed; mean, CI and margin")
     return _svg(figure)
 
