@@ -89,6 +89,7 @@ RECIPE: dict[str, Any] = {
     "batch_size": 8,
     "epochs": 2.0,
     "max_steps": 5,
+    "max_train_tokens": 500,
     "samples": 1,
     "eval_split": "validation",
     "max_new_tokens": 8,

@@ -112,7 +112,7 @@ def test_a_distillation_killed_after_a_checkpoint_ends_with_the_same_weights(
     for file in ("student/model.safetensors", "aligner.safetensors", "predictions.jsonl"):
         assert (run / file).read_bytes() == (whole / file).read_bytes(), file
     expected = json.loads((whole / "run.json").read_text())
-    for part in ("metrics", "pairing", "steps", "collapsed", "parameters"):
+    for part in ("metrics", "pairing", "steps", "tokens", "collapsed", "parameters"):
         assert record[part] == expected[part], part
     assert _curve(run) == _curve(whole)
 
@@ -129,7 +129,7 @@ def test_a_run_killed_between_its_last_checkpoint_and_its_end_takes_no_step_more
     whole = {name: (run / name).read_bytes() for name in ("student/model.safetensors", "predictions.jsonl")}
     curve, record = _curve(run), json.loads((run / "run.json").read_text())
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["checkpoint-7"]
-    assert [line["step"] for line in curve] == [3, 6, 7]
+    assert [line["step"] for line in curve] == [1, 2, 3, 4, 5, 6, 7]
 
     def again(resumed_from: str | None) -> None:
         (run / "run.json").unlink()
@@ -139,7 +139,7 @@ def test_a_run_killed_between_its_last_checkpoint_and_its_end_takes_no_step_more
         assert _curve(run) == curve
         repeated = json.loads((run / "run.json").read_text())
         assert repeated["resumed_from"] == resumed_from
-        assert all(repeated[part] == record[part] for part in ("metrics", "steps"))
+        assert all(repeated[part] == record[part] for part in ("metrics", "steps", "tokens"))
 
     again("checkpoint-7")
     # What a process leaves that is killed while it seals: the next one writes the same checkpoint.

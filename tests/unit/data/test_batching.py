@@ -158,3 +158,16 @@ def test_the_longest_come_first_whatever_the_order(lengths: list[int], order: An
 @pytest.mark.parametrize("batch_size", [None, 3])
 def test_no_samples_are_no_extraction_batches(batch_size: int | None) -> None:
     assert length_batches([], np.array([4]), batch_size, 10) == []
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 8, 100, 1000])
+def test_a_budget_of_tokens_is_as_many_batches_as_hold_them(tokens: int) -> None:
+    """Counted batch by batch, over as many epochs as it takes, from the first whatever epoch is on."""
+    lengths = np.arange(3, 23)
+    batches = ShuffledBatches(np.arange(20), lengths, batch_size=3, seed=4, samples_per_shard=5)
+    counted: list[int] = []
+    for epoch in range(5):
+        batches.set_epoch(epoch)
+        counted += [int(lengths[batch].sum()) for batch in batches]
+    steps = batches.steps_for(tokens)
+    assert sum(counted[:steps]) >= tokens > sum(counted[: steps - 1])

@@ -243,7 +243,7 @@ def test_a_store_of_some_layers_serves_the_maps_that_use_no_other(
     some = make_real_store(layers="1,3")
     torch.testing.assert_close(teachers_side(some, student)[0], teachers_side(store, student)[0], rtol=1e-4, atol=1e-4)
     with pytest.raises(
-        StoreError, match=r"expected 0, 1, 2, 3, found 1, 3\. .*--layers ratio:2, or all.*missing: 0, 2"
+        StoreError, match=r"expected 0, 1, 2, 3, found 1, 3\. .*--layers 0,1,2,3, or all.*missing: 0, 2"
     ):
         build(some, student, layer_map="uniform")
     used = build(some, student, layer_map="cka")[0].view.layer_map

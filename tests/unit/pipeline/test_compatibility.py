@@ -66,7 +66,7 @@ def test_layers_that_are_learned_from_and_not_kept_are_named(odd_layers: KVStore
     with pytest.raises(StoreError) as refused:
         require_layers(odd_layers, LayerMap.one_hot([0, 3, 4, 5], 6))
     assert "lacks layers that the student learns from: expected 0, 3, 4, 5, found 1, 3, 5" in str(refused.value)
-    assert "Extract again with --layers ratio:4, or all, into a new place (missing: 0, 4)" in str(refused.value)
+    assert "Extract again with --layers 0,3,4,5, or all, into a new place (missing: 0, 4)" in str(refused.value)
     assert len(str(refused.value).splitlines()) == 1
 
 
