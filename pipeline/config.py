@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args, get_type_hints
 
@@ -152,14 +153,13 @@ class DistillConfig:
     def from_mapping(cls, document: Mapping[str, Any], where: Where) -> DistillConfig:
         """A config from TOML, JSON or the command line. Raises ConfigError saying where the field is that is wrong."""
         options = parse_fields(document, get_type_hints(cls), where)
-        try:
-            if "layer_map" in options:
-                # A run is what its config says: it must not change with a file.
+        if "layer_map" in options:
+            # A run is what its config says: it must not change with a file.
+            with _placed(where, "layer_map"):
                 options["layer_map"] = layer_map_text(options["layer_map"])
+        # Every other field says its own name: FieldError.
+        with _placed(where, "kv_loss"):
             return cls(**options)
-        except FieldError as error:
-            error.args = (f"{where(error.field)}: {error}",)
-            raise
 
 
 class FieldError(ConfigError):
@@ -173,6 +173,16 @@ class FieldError(ConfigError):
             remedy=f"Mend {field} (--{field.replace('_', '-')})",
         )
         self.field = field
+
+
+@contextmanager
+def _placed(where: Where, field: str) -> Iterator[None]:
+    """Say where the field is that an error is about: its own, or else `field`."""
+    try:
+        yield
+    except ConfigError as error:
+        error.args = (f"{where(error.field if isinstance(error, FieldError) else field)}: {error}",)
+        raise
 
 
 def parse_fields(document: Mapping[str, Any], hints: Mapping[str, Any], where: Where) -> dict[str, Any]:

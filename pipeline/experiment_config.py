@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from ..kvcache.errors import ConfigError
-from .config import MAX_SEED, DistillConfig, parse_fields
+from .config import MAX_SEED, DistillConfig, Where, parse_fields
 from .experiment_file import ExperimentFile
 from .extract_config import ExtractConfig, default_store
 from .stats import COMPARED_METRICS, LOWER_IS_BETTER, Question
@@ -196,12 +196,12 @@ def _arms(
         if not isinstance(overrides, dict):
             raise file.refuse(key, "a table", repr(overrides))
         recipe = {**base, **overrides}
-        _require_no_budget_of_its_own(file, key, recipe)
+        where = partial(_where_of_arm, file, key, overrides)
+        _require_no_budget_of_its_own(recipe, where)
         if "store" in recipe:
             arm_stores[name] = recipe.pop("store")
             if arm_stores[name] not in list(stores):
                 raise file.refuse(f"{key}.store", " or ".join(stores) or "a table [stores]", arm_stores[name])
-        where = partial(_where_of_arm, file, key, overrides)
         arms[name] = DistillConfig.from_mapping({**recipe, **budget.to_dict()}, where)
     _require_equal_batches(file, arms, budget)
     return arms, arm_stores
@@ -213,10 +213,11 @@ def _where_of_arm(file: ExperimentFile, key: str, overrides: Mapping[str, Any], 
     return file.where(inherited, name) if inherited and name not in overrides else file.where(key, name)
 
 
-def _require_no_budget_of_its_own(file: ExperimentFile, key: str, recipe: Mapping[str, Any]) -> None:
+def _require_no_budget_of_its_own(recipe: Mapping[str, Any], where: Where) -> None:
     for name, place in {"seed": "seeds, at the top", **dict.fromkeys(get_type_hints(Budget), "[budget]")}.items():
         if name in recipe:
-            raise file.refuse(f"{key}.{name}", f"it in {place}, where it is the same for all arms", name)
+            expected = f"it in {place}, where it is the same for all arms"
+            raise ConfigError(where(name), expected=expected, found=name, remedy="Mend the file")
 
 
 def _require_equal_batches(file: ExperimentFile, arms: Mapping[str, DistillConfig], budget: Budget) -> None:

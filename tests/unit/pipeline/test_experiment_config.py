@@ -198,8 +198,10 @@ BROKEN = {
     "a budget of two kinds": ("epochs = 2", "epochs = 2\nmax_steps = 3", "budget: expected one of epochs, max_steps"),
     "a budget of another kind": ("epochs = 2", "hours = 2", "budget.hours: no such field"),
     "a budget of nothing": ("epochs = 2", "max_steps = 0", "line 12: budget.max_steps: max_steps makes no sense"),
+    "a loss that is none": ('mode = "flat"', 'mode = "flat"\nkv_loss = "no"', "line 23: arms.flat.kv_loss: no such KV"),
+    "a layer map that is not there": ("kv_weight = 2", 'layer_map = "no.json"', "line 15: base.layer_map: no.json"),
     "an arm with a budget": ("learning_rate = 0.004", "max_steps = 4", "arms.flat.max_steps: expected it in .budget"),
-    "a base with a budget": ("kv_weight = 2", "epochs = 2.0", "epochs: expected it in .budget"),
+    "a base with a budget": ("kv_weight = 2", "epochs = 2.0", "line 15: base.epochs: expected it in .budget"),
     "an arm of other batches": ("learning_rate = 0.004", "batch_size = 4", "batch_size: .* for all arms, found 4, 8"),
     "an arm of other samples": (
         "learning_rate = 0.004",
