@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,8 +54,7 @@ def run_experiment(
     if jobs < 1:
         raise ConfigError("no such number of jobs", expected="at least 1", found=jobs, remedy="Mend --jobs")
     stores = {extraction.store: extract(extraction).store for extraction in config.extractions}
-    for store in {store.manifest.dataset.hash: store for store in stores.values()}.values():
-        require_disjoint_splits(store)
+    _require_disjoint_splits(stores.values())
     if on_gpu:
         # The teacher is gone; what torch still holds for it, the runs can use.
         torch.cuda.empty_cache()
@@ -77,9 +76,20 @@ def run_experiment(
 
 
 def finished_runs(config: ExperimentConfig, runs_dir: Path) -> ExperimentRuns:
-    """What is there already, without running anything."""
+    """What is there already, without running anything. Raises ConfigError for held-out text that is in the training
+    text, and where a folder holds another run than the file's."""
+    stores = {extraction.store: KVStore.open(extraction.store) for extraction in config.extractions}
+    _require_disjoint_splits(stores.values())
+    for run in config.runs:
+        _is_finished(runs_dir / run.name, run.recipe, stores[run.store])
     failures = {run.name: run.said for run in experiment_status(config, runs_dir) if run.state == "failed"}
     return ExperimentRuns(_records(config, runs_dir), failures, 0.0)
+
+
+def _require_disjoint_splits(stores: Iterable[KVStore]) -> None:
+    """Of every data set once."""
+    for store in {store.manifest.dataset.hash: store for store in stores}.values():
+        require_disjoint_splits(store)
 
 
 def _records(config: ExperimentConfig, runs_dir: Path) -> dict[str, dict[str, Any]]:

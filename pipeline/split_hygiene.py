@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import chain
+from itertools import chain, combinations
 
 import numpy as np
 from scipy.sparse import csr_array
@@ -29,19 +29,18 @@ def split_hashes(store: KVStore) -> dict[str, str]:
 
 
 def require_disjoint_splits(store: KVStore) -> None:
-    """Raise ConfigError where a held-out prompt is also in the training split, or a near-duplicate of it is."""
-    train = [int(index) for index in store.indices("train")]
-    for split in (name for name in store.split_names if name != "train"):
-        held_out = [int(index) for index in store.indices(split)]
+    """Raise ConfigError where a prompt of one split is also in another, or a near-duplicate of it is."""
+    indices = {split: [int(index) for index in store.indices(split)] for split in store.split_names}
+    for other, split in combinations(store.split_names, 2):
         found = [
-            (held_out[a], train[b], similarity)
-            for a, b, similarity in near_duplicates(_prompts(store, held_out), _prompts(store, train))
+            (indices[split][a], indices[other][b], similarity)
+            for a, b, similarity in near_duplicates(_prompts(store, indices[split]), _prompts(store, indices[other]))
         ]
         if found:
             ours, theirs, similarity = found[0]
             raise ConfigError(
-                f"{store.path}: {split} and train overlap",
-                expected=f"no {split} prompt like one of train (Jaccard similarity {NEAR_DUPLICATE} or more)",
+                f"{store.path}: {split} and {other} overlap",
+                expected=f"no {split} prompt like one of {other} (Jaccard similarity {NEAR_DUPLICATE} or more)",
                 found=f"{len({a for a, _, _ in found})}, the first {store.records[ours]['id']}, "
                 f"{similarity:.2f} like {store.records[theirs]['id']}",
                 remedy="Leave one of each pair out of the data set, and extract again",

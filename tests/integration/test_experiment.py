@@ -66,11 +66,12 @@ def test_an_experiment_is_run_once_and_survives_an_arm_that_fails(kvpipe: Any, t
     unfinished.with_name("metrics.jsonl").write_text("garbage\n")
     kvpipe("experiment", "run", "tiny.toml", cwd=tmp_path)
 
-    again, greedy, reported, status, greedy_status, differ = kvpipe.many(
+    again, greedy, reported, other, status, greedy_status, differ = kvpipe.many(
         [
             ["experiment", "run", "tiny.toml", "--jobs", 2],
             ["experiment", "run", "greedy.toml", "--jobs", 2, "--report-dir", "reports/greedy"],
             ["experiment", "report", "tiny.toml", "--report-dir", "reports/again"],
+            ["experiment", "report", "tiny.toml", "--set", "base.kv_weight=2.0"],
             ["experiment", "status", "tiny.toml"],
             ["experiment", "status", "greedy.toml"],
             ["report", "diff", "reports/tiny", "reports/greedy"],
@@ -80,6 +81,8 @@ def test_an_experiment_is_run_once_and_survives_an_arm_that_fails(kvpipe: Any, t
     assert again.code == reported.code == status.code == greedy_status.code == differ.code == 0
     assert again.stdout == first.stdout
     assert reported.stdout == first.stdout.replace("reports/tiny", "reports/again")
+    assert other.code == 2
+    assert "none-seed1 holds another run (config.kv_weight differs)" in other.stderr
     _check_report(tmp_path / "reports" / "again")
     for name in ("results.json", "report.html", "report.md"):
         written_again = (tmp_path / "reports" / "again" / name).read_bytes()

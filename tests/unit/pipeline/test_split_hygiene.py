@@ -80,6 +80,13 @@ def test_a_store_whose_held_out_text_is_in_training_is_refused(store: KVStore) -
         require_disjoint_splits(store)
 
 
+def test_what_is_held_out_twice_is_refused_too(store: KVStore) -> None:
+    for split in ("validation", "test"):
+        with_prompt(store, int(store.indices(split)[0]), MILK)
+    with pytest.raises(ConfigError, match="test and validation overlap"):
+        require_disjoint_splits(store)
+
+
 def test_samples_without_a_prompt_are_told_by_their_text(store: KVStore) -> None:
     for split in ("train", "validation"):
         index = int(store.indices(split)[0])
