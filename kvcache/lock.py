@@ -45,7 +45,7 @@ def only_writer(path: Path) -> Iterator[None]:
 def is_held(path: Path) -> bool:
     """Whether some process writes at `path` now, as far as can be known: one of another host's is taken at its word."""
     try:
-        pid, host, *_ = lock_path(path).read_text(errors="replace").splitlines()
+        pid, host = _signature(lock_path(path))
     except (OSError, ValueError):
         return False
     if host != socket.gethostname():
@@ -113,9 +113,15 @@ def _is_abandoned(marker: Path) -> bool:
     return found.st_size == 0 and time.time() - found.st_mtime > SECONDS_TO_SIGN
 
 
+def _signature(marker: Path) -> tuple[str, str]:
+    """Process and host, as filelock writes them. Raises OSError or ValueError where nobody has signed."""
+    pid, host, *_ = marker.read_text(errors="replace").splitlines()
+    return pid, host
+
+
 def _holder(marker: Path) -> str:
     try:
-        pid, host, *_ = marker.read_text(errors="replace").splitlines()
+        pid, host = _signature(marker)
         since = datetime.fromtimestamp(marker.stat().st_mtime).astimezone()
     except (OSError, ValueError):
         return "one that has only just begun"

@@ -69,10 +69,9 @@ def distill(
 ) -> dict[str, Any]:
     """Train one student and return its run record, also written to `run_dir`.
 
-    A checkpoint is written every `save_steps` steps, by default after every epoch; `report_to` names trackers that
-    transformers knows and that are installed. A finished run is returned as it
-    is; an interrupted one goes on from its last checkpoint. Raises ConfigError, ModelError or StoreError for what
-    the user can mend, CollapseError for a collapsed target.
+    A checkpoint is written every `save_steps` steps, by default after every epoch; `report_to` names installed
+    trackers. A finished run is returned as it is; an interrupted one goes on from its last checkpoint. Raises
+    ConfigError, ModelError or StoreError for what the user can mend, CollapseError for a collapsed target.
     """
     require_one_process("distill")
     require_trackers(report_to)
@@ -90,26 +89,23 @@ def distill(
         parts = _build(config, store, resolved)
         # Only now, when nothing the user can mend stands in the way, does the folder change.
         run.claim(identity, overwrite=overwrite)
-        trainer = _trainer(
-            parts, config, _arguments(config, parts, run, resolved, save_steps, report_to), run, identity
-        )
+        arguments = _arguments(config, parts, run, resolved, save_steps, report_to)
+        trainer = _trainer(parts, config, arguments, run, identity)
         setup_done = time.perf_counter()
         with progress or progress_bar() as bar:
             trainer.add_callback(TrainingProgress(bar, run_dir.name))
             trainer.run(checkpoint)
         train_done = time.perf_counter()
-        metrics = _final_metrics(parts, store, config, run, trainer.state.global_step)
-        _save(parts, store, run)
-        record = {
+        found = {
             "name": run_dir.name,
             "store": store_read(store),
             "resumed_from": checkpoint.name if checkpoint is not None else None,
-            "metrics": metrics,
+            "metrics": _final_metrics(parts, store, config, run, trainer.state.global_step),
             **description(parts.distiller, trainer, config, resolved),
             "pairing": parts.pairing,
-            **costs(trainer, started, setup_done, train_done),
         }
-        return run.finish(record)
+        _save(parts, store, run)
+        return run.finish({**found, **costs(trainer, started, setup_done, train_done)})
 
 
 @dataclass(frozen=True)

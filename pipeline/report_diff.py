@@ -32,16 +32,16 @@ class ReportDiff:
 
 def diff_reports(first: Path, second: Path) -> ReportDiff:
     """Compare two report folders, or their `results.json`. Raises ConfigError for what is no report."""
-    results = [_read(path) for path in (first, second)]
-    declared, outcomes = ([part(result) for result in results] for part in (_declared, _outcomes))
+    declared, outcomes = zip(*map(_read, (first, second)), strict=True)
     return ReportDiff(list(_differences(*declared)), list(_differences(*outcomes)))
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What a report declares, and what came out."""
     file = path / "results.json" if path.is_dir() else path
     try:
         results = json.loads(file.read_bytes())
-        return {**results, "declared": results["declared"], "comparisons": results["comparisons"]}
+        return _declared(results), _outcomes(results)
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ConfigError(
             f"no report at {path}",
