@@ -14,6 +14,7 @@ from ..kvcache.align.cka import CKAMatrix
 from ..kvcache.align.closed_form import ClosedForm, GramMoments, closed_form
 from ..kvcache.align.head_projection import KVSpace, LinearProjection
 from ..kvcache.align.layer_map import LayerMap, cka_map, layer_map
+from ..kvcache.align.normalisation import Normalisation
 from ..kvcache.align.parameter_match import matched_size
 from ..kvcache.align.teacher_view import TeacherView
 from ..kvcache.errors import ConfigError
@@ -23,10 +24,10 @@ from .compatibility import require_layers, require_queries
 from .config import DistillConfig
 from .distiller import KVDistiller
 from .kv_controls import RandomKV, ShuffledKV
+from .kv_moments import stored_moments, student_moments, teacher_moments
 from .loss_terms import needs_aligner, needs_queries, parse_kv_loss
 from .paired_kv import paired_kv
 from .student_text import StudentText, resolve_time_map
-from .teacher_moments import stored_moments, teacher_moments
 from .training_data import KVDataset
 
 FIT_SAMPLES = 256
@@ -136,11 +137,14 @@ def _aligner(
             share_dim_proj=config.share_dim_proj,
             share_layers=config.share_layers,
             start=config.start,
+            closed_form=config.closed_form if config.fits_aligner else None,
             size=matched_size(config.mode, config.match_params, source, target, share_dim_proj=config.share_dim_proj),
         )
     )
-    aligner.set_normalisation(*teacher_moments(distiller, dataset, train))
-    if config.start == "closed-form" or config.direction == "teacher-to-student-frozen":
+    aligner.normalise_teacher.set_moments(*teacher_moments(distiller, dataset, train))
+    if isinstance(aligner.normalise_student, Normalisation):
+        aligner.normalise_student.set_moments(*student_moments(distiller, dataset, train))
+    if config.fits_aligner:
         fit_aligner(aligner.to(distiller.student.device), config.closed_form, distiller, dataset, train)
     return aligner
 
@@ -151,7 +155,7 @@ def fit_aligner(
     """Start the projection from its closed form, fitted to the student as it is now."""
     moments = GramMoments()
     for pair in paired_kv(distiller, dataset, indices[:FIT_SAMPLES]):
-        sides = [pair.student, aligner.normalise(pair.teacher)]
+        sides = [aligner.normalise_student(pair.student), aligner.normalise_teacher(pair.teacher)]
         if aligner.config.direction != "student-to-teacher":
             sides.reverse()
         moments.update(sides[0], sides[1], pair.mask)

@@ -114,11 +114,22 @@ class DistillConfig:
             raise FieldError("share_layers", "mode structured (flat-global is flat, shared by all layers)", self.mode)
         if self.start == "uniform" and self.mode != "structured":
             raise FieldError("start", "mode structured with uniform, the mean of the heads", self.mode)
-        fitted = self.start == "closed-form" or self.direction == "teacher-to-student-frozen"
-        if fitted and self.mode in ("bottleneck", "identity"):
+        if not self.share_dim_proj and self.mode != "structured":
+            raise FieldError("share_dim_proj", "mode structured with a map for every head", self.mode)
+        if self.match_params != "none" and self.mode == "identity":
+            raise FieldError("match_params", "none with mode identity, which has no weights", self.match_params)
+        if self.closed_form != "ridge" and not self.fits_aligner:
+            expected = "start closed-form, or direction teacher-to-student-frozen: else nothing is fitted"
+            raise FieldError("closed_form", expected, self.closed_form)
+        if self.fits_aligner and self.mode in ("bottleneck", "identity"):
             raise FieldError("mode", "structured, flat or flat-global, which have a closed form", self.mode)
         if self.start == "closed-form" and self.closed_form == "pca" and self.direction == "student-to-teacher":
             raise FieldError("closed_form", "ridge or procrustes: pca knows the teacher alone", self.closed_form)
+
+    @property
+    def fits_aligner(self) -> bool:
+        """Whether the projection starts, or stays, as its closed form."""
+        return self.start == "closed-form" or self.direction == "teacher-to-student-frozen"
 
     @property
     def aligner_lr(self) -> float:
@@ -163,16 +174,12 @@ class DistillConfig:
 
 
 class FieldError(ConfigError):
-    """A value that fits its field's type and nothing else."""
+    """A value that fits its field's type and nothing else. `place` is where it was found."""
 
-    def __init__(self, field: str, expected: str, found: object) -> None:
-        super().__init__(
-            f"{field} makes no sense",
-            expected=expected,
-            found=found,
-            remedy=f"Mend {field} (--{field.replace('_', '-')})",
-        )
-        self.field = field
+    def __init__(self, field: str, expected: str, found: object, place: str | None = None) -> None:
+        remedy = f"Mend {field} (--{field.replace('_', '-')})"
+        super().__init__(place or field, expected=expected, found=found, remedy=remedy)
+        self.field, self.expected, self.found = field, expected, found
 
 
 @contextmanager
@@ -180,8 +187,10 @@ def _placed(where: Where, field: str) -> Iterator[None]:
     """Say where the field is that an error is about: its own, or else `field`."""
     try:
         yield
+    except FieldError as error:
+        raise FieldError(error.field, error.expected, error.found, where(error.field)) from error
     except ConfigError as error:
-        error.args = (f"{where(error.field if isinstance(error, FieldError) else field)}: {error}",)
+        error.args = (f"{where(field)}: {error}",)
         raise
 
 

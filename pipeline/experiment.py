@@ -50,7 +50,7 @@ def run_experiment(
     require_one_process("experiment")
     on_gpu = resolve_device(config.extract.device).type == "cuda"
     if jobs is None:
-        jobs = 1 if on_gpu else os.cpu_count() or 1
+        jobs = 1 if on_gpu else _cores()
     if jobs < 1:
         raise ConfigError("no such number of jobs", expected="at least 1", found=jobs, remedy="Mend --jobs")
     stores = {extraction.store: extract(extraction).store for extraction in config.extractions}
@@ -60,7 +60,7 @@ def run_experiment(
         torch.cuda.empty_cache()
     waiting = [run for run in config.runs if not _is_finished(runs_dir / run.name, run.recipe, stores[run.store])]
     ran = len(waiting)
-    threads = max(1, (os.cpu_count() or 1) // jobs)
+    threads = max(1, _cores() // jobs)
     start = time.perf_counter()
     with progress_bar() as bar, _Grid(config, len(waiting), bar) as grid:
         while waiting or grid.active:
@@ -73,6 +73,11 @@ def run_experiment(
             time.sleep(POLL_SECONDS)
             grid.poll()
     return ExperimentRuns(_records(config, runs_dir), grid.failures, time.perf_counter() - start if ran else 0.0)
+
+
+def _cores() -> int:
+    """How many this process may use: a batch system often gives it fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def finished_runs(config: ExperimentConfig, runs_dir: Path) -> ExperimentRuns:

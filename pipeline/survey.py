@@ -75,7 +75,7 @@ class Survey:
         for side, kv in (("teacher", pair.teacher), ("student", pair.student)):
             self._statistics[side].update(kv, mask)
         self._cka.update(pair.student, pair.teacher, mask)
-        moments.update(pair.student, self._aligner.normalise(self._layer_map.apply(pair.teacher)), mask)
+        moments.update(pair.student, self._aligner.normalise_teacher(self._layer_map.apply(pair.teacher)), mask)
 
     def require_tokens(self) -> None:
         """Raise ModelError where one half has nothing to look at."""

@@ -7,12 +7,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch
 from jaxtyping import Float, Shaped
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..errors import ConfigError
+from .closed_form import ClosedForm
 from .head_projection import (
     BottleneckProjection,
     FlatProjection,
@@ -21,6 +21,7 @@ from .head_projection import (
     Start,
     StructuredProjection,
 )
+from .normalisation import Normalisation
 
 Mode = Literal["structured", "flat", "flat-global", "bottleneck", "identity"]
 Direction = Literal["student-to-teacher", "teacher-to-student-frozen", "teacher-to-student-joint"]
@@ -31,7 +32,8 @@ class AlignerConfig:
     """All that an aligner is, but its weights: saved as `aligner.json`.
 
     `size` is the number of terms of a structured projection, the rank of a flat one (None: full), the width of a
-    bottleneck. `share_layers`, which `flat-global` implies, gives all layers one projection.
+    bottleneck. `share_layers`, which `flat-global` implies, gives all layers one projection. `closed_form` is how
+    it was fitted before training, if it was.
     """
 
     mode: Mode
@@ -43,56 +45,45 @@ class AlignerConfig:
     share_layers: bool = False
     start: Start = "random"
     size: int | None = None
+    closed_form: ClosedForm | None = None
 
 
 class Aligner(nn.Module):
-    """The head projection between two KVs of the same layers and tokens. The teacher's is normalised first, per
-    (layer, head, channel).
+    """The head projection between two KVs of the same layers and tokens. The teacher's is normalised first.
 
     `student-to-teacher` projects the student onto the teacher's KV: the target is data and cannot move.
     `teacher-to-student-frozen` projects the teacher onto the student's KV by a map that was fitted beforehand and
-    stays. `teacher-to-student-joint` trains that projection with the student: both sides may shrink together, which
+    stays; the student's is normalised too, by its moments at that time, or its largest channels were all that counts.
+    `teacher-to-student-joint` trains that projection with the student: both sides may shrink together, which
     lowers the loss and teaches nothing. It is here to show that, under the collapse monitor.
     """
-
-    mean: Tensor
-    std: Tensor
 
     def __init__(self, config: AlignerConfig) -> None:
         super().__init__()
         self.config = config
         self.projection = _projection(config)
+        self.normalise_teacher = Normalisation(config.num_layers, config.teacher)
+        self.normalise_student: Normalisation | nn.Identity = nn.Identity()
         if config.direction == "teacher-to-student-frozen":
             self.projection.requires_grad_(False)
-        moments = (config.num_layers, 2, 1, config.teacher.num_kv_heads, 1, config.teacher.head_dim)
-        self.register_buffer("mean", torch.zeros(moments))
-        self.register_buffer("std", torch.ones(moments))
+            self.normalise_student = Normalisation(config.num_layers, config.student)
 
     @property
     def target_moves(self) -> bool:
         """Whether training can change what the student is compared with."""
         return self.config.direction == "teacher-to-student-joint"
 
-    def set_normalisation(self, mean: Float[Tensor, "L 2 1 H 1 D"], std: Float[Tensor, "L 2 1 H 1 D"]) -> None:
-        """Take the moments of the teacher's KV, as it is laid onto the student's layers and tokens."""
-        self.mean.copy_(mean)
-        # A channel that never varies carries nothing: it is centred, not blown up.
-        self.std.copy_(torch.where(std > 1e-6, std, torch.ones_like(std)))
-
-    def normalise(self, kv: Shaped[Tensor, "L 2 B H T D"]) -> Float[Tensor, "L 2 B H T D"]:
-        """KV in the teacher's space, centred and scaled by the teacher's moments."""
-        return (kv.float() - self.mean) / self.std
-
     def forward(
         self, student_kv: Float[Tensor, "L 2 B Hs T Ds"], teacher_kv: Shaped[Tensor, "L 2 B Ht T Dt"]
     ) -> tuple[Float[Tensor, "L 2 B H T D"], Float[Tensor, "L 2 B H T D"]]:
         """(prediction, target), both in the space of the projection's output."""
-        normalised = self.normalise(teacher_kv)
+        teacher = self.normalise_teacher(teacher_kv)
         if self.config.mode == "identity":
-            return self.normalise(student_kv), normalised
+            return self.normalise_teacher(student_kv), teacher
+        student = self.normalise_student(student_kv)
         if self.config.direction == "student-to-teacher":
-            return self.projection(student_kv), normalised
-        return student_kv, self.projection(normalised)
+            return self.projection(student), teacher
+        return student, self.projection(teacher)
 
     def save(self, folder: Path) -> None:
         """Write `aligner.safetensors` and `aligner.json`."""

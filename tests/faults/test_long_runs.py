@@ -23,6 +23,7 @@ from kvpipe.kvcache.store import KVStore
 from kvpipe.kvcache.verify import verify_shards
 from kvpipe.kvcache.writer import ShardWriter
 from kvpipe.pipeline.builtin_teacher import train_tokenizer
+from kvpipe.pipeline.distill import EVAL_EVERY
 from kvpipe.pipeline.read_ahead import ReadAhead
 from kvpipe.pipeline.teacher_pass import MAX_OPEN_SHARDS
 from torch import Tensor
@@ -32,8 +33,9 @@ from .conftest import EXTRACT, Commands, Tally, contents
 
 MakeStore = Callable[..., tuple[KVStore, Tensor]]
 FLAT = 1.02
+EVALUATIONS = round(1 / EVAL_EVERY)
 PASSING = 3
-"""Handles and threads that are there for a moment; a leak has one for every shard or epoch."""
+"""Handles and threads that are there for a moment; a leak has one for every shard, epoch or evaluation."""
 
 # What every driver below begins with. Threads of libraries (Zarr's, torch's) are theirs to keep: they are there after
 # the first use, so what is compared is a second use with it.
@@ -114,7 +116,7 @@ def run(name, epochs):
     config = DistillConfig(mode="structured", epochs=epochs, batch_size=8, max_new_tokens=4)
     distill(config, store, folder / name)
 
-def epochs_done():
+def evaluations():
     metrics = folder / "long" / "metrics.jsonl"
     return metrics.read_text().count("eval_ce") if metrics.exists() else 0
 
@@ -122,14 +124,14 @@ run("short", 1)
 before, error, frames = held(), None, []
 if victim:
     def damage():
-        while epochs_done() < 2:
+        while evaluations() < 2:
             time.sleep(0.01)
         with Path(victim).open("r+b") as file:
             byte = file.read(1)
             file.seek(0)
             file.write(bytes([byte[0] ^ 1]))
     threading.Thread(target=damage, name="damage").start()
-sampler = Sampler(epochs_done)
+sampler = Sampler(evaluations)
 sampler.start()
 try:
     run("long", epochs)
@@ -256,7 +258,8 @@ def test_many_epochs_keep_their_memory_their_handles_and_their_threads(
     sampled, before, after, error, _ = drive(DISTILL_TWICE, extracted, tmp_path, epochs, "")
     assert error is None
     assert after == before
-    training = [[s for s in sampled if s[0] == epoch] for epoch in (3, epochs - 1)]
+    # Between the second evaluation and the third, and before the last.
+    training = [[s for s in sampled if s[0] == evaluations] for evaluations in (2, EVALUATIONS - 1)]
     for column in (2, 3):
         early, late = ([sample[column] for sample in samples] for samples in training)
         assert max(late) <= max(early) + PASSING, "handles" if column == 2 else "threads"

@@ -172,7 +172,7 @@ def test_a_run_of_another_recipe_is_refused_by_the_field(make_store: MakeStore, 
     run, config = RunDirectory(tmp_path / "run"), DistillConfig()
     run.claim(run_identity(config, store), overwrite=False)
     for name, value in RECIPE.items():
-        other = run_identity(replace(config, **{name: value}), store)
+        other = with_field(run_identity(config, store), f"config.{name}", value)
         with pytest.raises(ConfigError) as refusal:
             run.require_free(other, overwrite=False)
         sentence = f"(config.{name} differs): expected {value}, found {getattr(config, name)}. "

@@ -28,11 +28,11 @@ OPTIONS: dict[str, st.SearchStrategy[Any]] = {
     "time_map": st.sampled_from(["auto", "identity", "span-last", "span-mean", "segment"]),
     "key_space": st.sampled_from(["post-rope", "pre-rope"]),
     "direction": st.sampled_from(["student-to-teacher", "teacher-to-student-joint"]),
-    "share_dim_proj": st.booleans(),
+    "share_dim_proj": st.just(True),
     "share_layers": st.just(False),
     "match_params": st.sampled_from(["none", "flat", "structured"]),
     "start": st.just("random"),
-    "closed_form": st.sampled_from(["ridge", "procrustes", "pca"]),
+    "closed_form": st.just("ridge"),
     "kv_control": st.sampled_from(["none", "shuffled", "random"]),
     "kv_loss": st.sampled_from(["mse", "smooth-l1", "mse,cka:0.1:0.2", "hybrid:2"]),
     "kv_segments": st.sampled_from(["all", "reasoning", "prompt,answer"]),
@@ -87,6 +87,7 @@ def test_the_control_without_kv_comes_back_too(options: dict[str, Any]) -> None:
 
 RECIPES = [
     {"mode": "structured", "start": "uniform", "share_layers": True},
+    {"mode": "structured", "share_dim_proj": False, "match_params": "flat"},
     {"mode": "structured", "start": "closed-form", "closed_form": "procrustes"},
     {"mode": "flat", "direction": "teacher-to-student-frozen", "closed_form": "pca"},
     {"mode": "identity", "kv_loss": "relation"},
@@ -103,14 +104,20 @@ def test_recipes_whose_options_depend_on_each_other_come_back(options: dict[str,
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"mode": "flat", "kv_loss": "relation"}, "mode makes no sense: expected identity with --kv-loss relation"),
-        ({"mode": "flat", "start": "uniform"}, "start makes no sense: expected mode structured with uniform"),
-        ({"mode": "flat", "share_layers": True}, "share_layers makes no sense: expected mode structured"),
-        ({"mode": "bottleneck", "start": "closed-form"}, "mode makes no sense: expected structured, flat or flat-glob"),
-        ({"mode": "bottleneck", "direction": "teacher-to-student-frozen"}, "mode makes no sense"),
-        ({"mode": "identity", "direction": "teacher-to-student-joint"}, "direction makes no sense"),
-        ({"start": "closed-form", "closed_form": "pca"}, "closed_form makes no sense: expected ridge or procrustes"),
-        ({"kv_segments": "question"}, "kv_segments makes no sense: expected all, or some of prompt, reasoning, answer"),
+        ({"mode": "flat", "kv_loss": "relation"}, "^mode: expected identity with --kv-loss relation"),
+        ({"mode": "flat", "start": "uniform"}, "^start: expected mode structured with uniform"),
+        ({"mode": "flat", "share_layers": True}, "^share_layers: expected mode structured"),
+        ({"mode": "flat", "share_dim_proj": False}, "^share_dim_proj: expected mode structured"),
+        ({"mode": "identity", "match_params": "flat"}, "^match_params: expected none with mode identity"),
+        (
+            {"closed_form": "procrustes"},
+            "^closed_form: expected start closed-form, or direction teacher-to-student-frozen",
+        ),
+        ({"mode": "bottleneck", "start": "closed-form"}, "^mode: expected structured, flat or flat-glob"),
+        ({"mode": "bottleneck", "direction": "teacher-to-student-frozen"}, "^mode: expected"),
+        ({"mode": "identity", "direction": "teacher-to-student-joint"}, "^direction: expected"),
+        ({"start": "closed-form", "closed_form": "pca"}, "^closed_form: expected ridge or procrustes"),
+        ({"kv_segments": "question"}, "^kv_segments: expected all, or some of prompt, reasoning, answer"),
         ({"kv_loss": "mae"}, "mae"),
     ],
 )
@@ -138,14 +145,14 @@ def test_a_mapping_brings_the_config_back_through_json(options: dict[str, Any]) 
     ],
 )
 def test_a_value_that_makes_no_sense_is_refused_by_name(name: str, value: object) -> None:
-    with pytest.raises(ConfigError, match=rf"^{name} makes no sense: .* Mend {name} \(--{name.replace('_', '-')}\)$"):
+    with pytest.raises(ConfigError, match=rf"^{name}: expected .* Mend {name} \(--{name.replace('_', '-')}\)$"):
         DistillConfig(**{name: value})
-    with pytest.raises(ConfigError, match=rf"^runs.toml: {name}: {name} makes no sense"):
+    with pytest.raises(ConfigError, match=rf"^runs.toml: {name}: expected"):
         DistillConfig.from_mapping({name: value}, "runs.toml: {}".format)
 
 
 def test_a_shuffled_control_needs_kv_to_shuffle() -> None:
-    with pytest.raises(ConfigError, match="kv_control makes no sense"):
+    with pytest.raises(ConfigError, match=r"^kv_control: expected"):
         DistillConfig(mode="none", kv_control="shuffled")
 
 

@@ -16,8 +16,8 @@ from kvpipe.kvcache.store import KVStore
 from kvpipe.pipeline import evaluate
 from kvpipe.pipeline.distiller import KVDistiller
 from kvpipe.pipeline.evaluate import evaluate_answers, evaluate_tokens, generate_answers
+from kvpipe.pipeline.kv_moments import teacher_moments
 from kvpipe.pipeline.student_text import teachers_tokens
-from kvpipe.pipeline.teacher_moments import teacher_moments
 from kvpipe.pipeline.training_data import KVDataset
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
@@ -50,7 +50,7 @@ def make_distiller(student: PreTrainedModel, store: KVStore, mode: Mode | None) 
     space = KVSpace(config.num_key_value_heads, config.head_dim)
     torch.manual_seed(4)
     distiller.aligner = Aligner(AlignerConfig(mode, "student-to-teacher", len(LAYER_MAP), space, TEACHER))
-    distiller.aligner.set_normalisation(*teacher_moments(distiller, KVDataset(store, with_kv=True), ALL))
+    distiller.aligner.normalise_teacher.set_moments(*teacher_moments(distiller, KVDataset(store, with_kv=True), ALL))
     return distiller
 
 

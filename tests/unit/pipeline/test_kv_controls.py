@@ -9,7 +9,7 @@ import pytest
 import torch
 from kvpipe.kvcache.store import KVStore
 from kvpipe.pipeline.kv_controls import RandomKV
-from kvpipe.pipeline.teacher_moments import stored_moments
+from kvpipe.pipeline.kv_moments import stored_moments
 from kvpipe.pipeline.training_data import KVDataset
 from torch import Tensor
 

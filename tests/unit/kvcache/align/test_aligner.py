@@ -10,6 +10,7 @@ import pytest
 import torch
 from kvpipe.kvcache.align.aligner import Aligner, AlignerConfig, Direction, Mode
 from kvpipe.kvcache.align.head_projection import KVSpace
+from kvpipe.kvcache.align.normalisation import Normalisation
 from kvpipe.kvcache.errors import ConfigError
 from torch import Tensor
 
@@ -55,7 +56,7 @@ def test_the_teacher_is_normalised(mode: Mode, direction: Direction) -> None:
     aligner = make_aligner(mode, direction)
     student, teacher = kv_pair(tokens=40)
     mean, std = moments(teacher)
-    aligner.set_normalisation(mean, std)
+    aligner.normalise_teacher.set_moments(mean, std)
     prediction, target = aligner(student, teacher)
     normalised = (teacher - mean) / std
     if direction == "student-to-teacher":
@@ -66,13 +67,27 @@ def test_the_teacher_is_normalised(mode: Mode, direction: Direction) -> None:
         assert torch.equal(prediction, student)
 
 
+@EITHER
+def test_a_frozen_target_lies_in_the_space_of_the_normalised_student(mode: Mode) -> None:
+    """Else the largest channels, mostly of keys, would be all that counts."""
+    aligner = make_aligner(mode, "teacher-to-student-frozen")
+    assert isinstance(aligner.normalise_student, Normalisation)
+    student, teacher = kv_pair(tokens=40)
+    student[:, 0] *= 30
+    mean, std = moments(student)
+    aligner.normalise_student.set_moments(mean, std)
+    prediction, target = aligner(student, teacher)
+    torch.testing.assert_close(prediction, (student - mean) / std)
+    torch.testing.assert_close(target, aligner.projection(teacher))
+
+
 @BOTH
 def test_a_constant_channel_is_centred_and_not_blown_up(direction: Direction) -> None:
     aligner = make_aligner("flat", direction)
     student, teacher = kv_pair()
     teacher[:, :, :, 1, :, 2] = 7.5
-    aligner.set_normalisation(*moments(teacher))
-    constant = (teacher - aligner.mean) / aligner.std
+    aligner.normalise_teacher.set_moments(*moments(teacher))
+    constant = aligner.normalise_teacher(teacher)
     assert torch.equal(constant[:, :, :, 1, :, 2], torch.zeros(2, 2, 2, 5))
     assert all(torch.isfinite(side).all() for side in aligner(student, teacher))
 
@@ -122,10 +137,10 @@ def test_only_a_joint_target_moves() -> None:
 def test_equal_shapes_are_compared_as_they_are() -> None:
     _, teacher = kv_pair(tokens=40)
     aligner = Aligner(replace(CONFIG, mode="identity", student=TEACHER))
-    aligner.set_normalisation(*moments(teacher))
+    aligner.normalise_teacher.set_moments(*moments(teacher))
     prediction, target = aligner(teacher + 1, teacher)
-    torch.testing.assert_close(prediction, (teacher + 1 - aligner.mean) / aligner.std)
-    torch.testing.assert_close(target, (teacher - aligner.mean) / aligner.std)
+    torch.testing.assert_close(prediction, (teacher + 1 - moments(teacher)[0]) / moments(teacher)[1])
+    torch.testing.assert_close(target, (teacher - moments(teacher)[0]) / moments(teacher)[1])
     assert list(aligner.parameters()) == []
 
 
@@ -146,7 +161,7 @@ def test_a_half_precision_store_is_compared_in_the_students_precision(dtype: tor
 def test_a_saved_aligner_comes_back(mode: Mode, direction: Direction, tmp_path: Path) -> None:
     aligner = make_aligner(mode, direction)
     student, teacher = kv_pair()
-    aligner.set_normalisation(*moments(teacher))
+    aligner.normalise_teacher.set_moments(*moments(teacher))
     aligner.save(tmp_path)
     torch.manual_seed(99)
     loaded = Aligner.load(tmp_path)
@@ -156,7 +171,7 @@ def test_a_saved_aligner_comes_back(mode: Mode, direction: Direction, tmp_path: 
 
 
 def test_every_option_of_a_structured_aligner_is_saved(tmp_path: Path) -> None:
-    config = replace(CONFIG, share_dim_proj=False, share_layers=True, start="uniform", size=3)
+    config = replace(CONFIG, share_dim_proj=False, share_layers=True, start="uniform", size=3, closed_form="procrustes")
     Aligner(config).save(tmp_path)
     assert Aligner.load(tmp_path).config == config
     assert json.loads((tmp_path / "aligner.json").read_text())["size"] == 3

@@ -11,9 +11,9 @@ from kvpipe.data.sample import Segment
 from kvpipe.kvcache.align.layer_map import LayerMap, layer_map
 from kvpipe.kvcache.align.teacher_view import TeacherView
 from kvpipe.kvcache.store import KVStore
-from kvpipe.pipeline import teacher_moments as module
+from kvpipe.pipeline import kv_moments as module
 from kvpipe.pipeline.distiller import KVDistiller
-from kvpipe.pipeline.teacher_moments import teacher_moments
+from kvpipe.pipeline.kv_moments import teacher_moments
 from kvpipe.pipeline.training_data import KVDataset
 from torch import Tensor
 from transformers import PreTrainedModel

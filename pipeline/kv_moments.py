@@ -1,4 +1,4 @@
-"""The moments of a teacher's KV: as a student sees it, for targets; as it is stored, for noise like it."""
+"""The moments of KV: of either side as it is compared, for targets; of the store's as it is, for noise like it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from .channel_moments import ChannelMoments, Moments
 from .distiller import KVDistiller
 from .kv_controls import TEACHERS
+from .paired_kv import paired_kv
 from .training_data import KVDataset
 
 MAX_SAMPLES = 256
@@ -24,6 +25,14 @@ def teacher_moments(distiller: KVDistiller, dataset: KVDataset, indices: Sequenc
     for start in range(0, len(chosen), BATCH):
         batch = dataset.__getitems__(chosen[start : start + BATCH])
         moments.update(*distiller.teacher_side(batch))
+    return moments.value()
+
+
+def student_moments(distiller: KVDistiller, dataset: KVDataset, indices: Sequence[int]) -> Moments:
+    """The same of the student's own KV, as it is now."""
+    moments = ChannelMoments()
+    for pair in paired_kv(distiller, dataset, indices[:MAX_SAMPLES]):
+        moments.update(pair.student, pair.mask)
     return moments.value()
 
 
