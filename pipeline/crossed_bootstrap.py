@@ -1,15 +1,18 @@
-"""An interval for a paired difference that holds for other seeds and for other held-out samples."""
+"""Whether a paired difference holds for other seeds and for other held-out samples."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 RESAMPLES = 10_000
 CHUNK = 1_000
 """Resamples at a time, which bounds the memory."""
+
+ROUNDING = 1e-12
+"""An error below this share of the largest difference is float64's."""
 
 
 @dataclass(frozen=True)
@@ -20,27 +23,58 @@ class SampleDifferences:
     weights: Float[np.ndarray, " M"]
 
 
-def crossed_interval(differences: SampleDifferences, confidence: float) -> tuple[float, float]:
-    """Bootstrap-t interval of the mean over seeds and samples (Efron & Tibshirani 1993, ch. 12).
+@dataclass(frozen=True)
+class CrossedBootstrap:
+    """A mean over seeds and samples, its standard error, and how many errors it lay off in every resample.
 
-    Every seed is evaluated on the same samples, so the two are crossed: seeds and samples are drawn anew, each with
+    Where `unknown`, a resample has no spread to measure by, as when few samples differ at all and it drew none of them.
+    It counts as far out on either side, so that such data decide nothing.
+    """
+
+    mean: float
+    error: float
+    studentised: Float[np.ndarray, " R"]
+    unknown: Bool[np.ndarray, " R"]
+
+    def interval(self, confidence: float) -> tuple[float, float]:
+        """Bootstrap-t interval (Efron & Tibshirani 1993, ch. 12); an end is infinite where resamples do not tell."""
+        tail = (1 - confidence) / 2
+        low = np.quantile(np.where(self.unknown, -np.inf, self.studentised), tail, method="inverted_cdf")
+        high = np.quantile(np.where(self.unknown, np.inf, self.studentised), 1 - tail, method="inverted_cdf")
+        return self.mean - float(high) * self.error, self.mean - float(low) * self.error
+
+    def p_below(self, value: float) -> float:
+        """One-sided p: small where the true mean lies below `value`."""
+        return self._share(self.studentised <= (self.mean - value) / self.error)
+
+    def p_above(self, value: float) -> float:
+        """One-sided p: small where the true mean lies above `value`."""
+        return self._share(self.studentised >= (self.mean - value) / self.error)
+
+    def _share(self, as_far_out: Bool[np.ndarray, " R"]) -> float:
+        """The data themselves are one more resample, so that no p is 0."""
+        return (1 + int((as_far_out | self.unknown).sum())) / (1 + len(as_far_out))
+
+
+def crossed_bootstrap(differences: SampleDifferences) -> CrossedBootstrap | None:
+    """Every seed is evaluated on the same samples, so the two are crossed: seeds and samples are drawn anew, each with
     replacement, and every drawn seed meets every drawn sample (Owen 2007, "The pigeonhole bootstrap"). Studentised,
-    for percentiles cover far too little with six or eight seeds. NaN with fewer than two of either.
+    for percentiles cover far too little with six or eight seeds. None with fewer than two of either, or no spread.
     """
     values, weights = differences.values, differences.weights
     if min(values.shape) < 2:
-        return float("nan"), float("nan")
-    once = (np.ones((1, size)) for size in values.shape)
-    (mean,), (error,) = _mean_and_error(values, weights, *once)
-    if error == 0:
-        return float(mean), float(mean)
-    rng, studentised = np.random.default_rng(0), []
-    for _ in range(RESAMPLES // CHUNK):
-        means, errors = _mean_and_error(values, weights, *(_draws(rng, size) for size in values.shape))
-        # A resample of one seed over and over has an error of its samples alone, or none at all.
-        studentised.append((means - mean) / np.maximum(errors, np.finfo(float).tiny))
-    low, high = np.quantile(np.concatenate(studentised), [(1 - confidence) / 2, (1 + confidence) / 2])
-    return float(mean - high * error), float(mean - low * error)
+        return None
+    least = ROUNDING * float(np.abs(values).max())
+    (mean,), (error,) = _mean_and_error(values, weights, *(np.ones((1, size)) for size in values.shape))
+    if error <= least:
+        return None
+    rng = np.random.default_rng(0)
+    drawn = [
+        _mean_and_error(values, weights, *(_draws(rng, size) for size in values.shape))
+        for _ in range(RESAMPLES // CHUNK)
+    ]
+    means, errors = (np.concatenate(parts) for parts in zip(*drawn, strict=True))
+    return CrossedBootstrap(float(mean), float(error), (means - mean) / np.maximum(errors, least), errors <= least)
 
 
 def _draws(rng: np.random.Generator, size: int) -> Float[np.ndarray, "R K"]:

@@ -24,14 +24,15 @@ from .ranks import require_one_process
 from .run_directory import RunDirectory, run_identity
 from .run_process import RunProcess
 from .split_hygiene import require_disjoint_splits
+from .trackers import require_trackers
 
 POLL_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
 class ExperimentRuns:
-    """What came of the grid: records by run name, the last line of what each failed run said, and how long this call
-    took for its runs (0 where none was missing)."""
+    """What came of the grid: records by run name, the error of each failed run, and how long this call took for its
+    runs (0 where none was missing)."""
 
     records: dict[str, dict[str, Any]]
     failures: dict[str, str]
@@ -44,10 +45,11 @@ def run_experiment(
     """Extract what is not complete, then run what is missing, `jobs` at a time: by default one a core, or
     one on a GPU. Cores are shared out evenly, so that no run's arithmetic depends on its neighbours.
 
-    A failed run is reported, not raised: the others go on. Raises ConfigError for `jobs` below one, for held-out text
-    that is in the training text, and what `extract` raises.
+    A failed run is reported, not raised: the others go on. Raises ConfigError for `jobs` below one, for a tracker that
+    is not installed, for held-out text that is in the training text, and what `extract` raises.
     """
     require_one_process("experiment")
+    require_trackers(report_to)
     on_gpu = resolve_device(config.extract.device).type == "cuda"
     if jobs is None:
         jobs = 1 if on_gpu else _cores()
@@ -87,8 +89,9 @@ def finished_runs(config: ExperimentConfig, runs_dir: Path) -> ExperimentRuns:
     _require_disjoint_splits(stores.values())
     for run in config.runs:
         _is_finished(runs_dir / run.name, run.recipe, stores[run.store])
-    failures = {run.name: run.said for run in experiment_status(config, runs_dir) if run.state == "failed"}
-    return ExperimentRuns(_records(config, runs_dir), failures, 0.0)
+    records = _records(config, runs_dir)
+    failed = (run for run in experiment_status(config, runs_dir) if run.state == "failed" and run.name not in records)
+    return ExperimentRuns(records, {run.name: run.said for run in failed}, 0.0)
 
 
 def _require_disjoint_splits(stores: Iterable[KVStore]) -> None:

@@ -15,6 +15,9 @@ from .experiment_file import ExperimentFile
 from .extract_config import ExtractConfig, default_store
 from .stats import COMPARED_METRICS, LOWER_IS_BETTER, Question
 
+SHARED = ("student", "random_init", "eval_split", "max_new_tokens")
+"""What arms that are compared have in common: the student, and how it is measured."""
+
 
 @dataclass(frozen=True)
 class Budget:
@@ -155,6 +158,8 @@ def _budget(file: ExperimentFile) -> Budget:
     options = parse_fields(file.table("budget"), get_type_hints(Budget), partial(file.where, "budget"))
     if len(options) != 1:
         raise file.refuse("budget", f"one of {', '.join(get_type_hints(Budget))}", ", ".join(options))
+    if not (value := next(iter(options.values()))) > 0:
+        raise file.refuse(f"budget.{next(iter(options))}", "more than 0", value)
     return Budget(**options)
 
 
@@ -242,6 +247,9 @@ def _comparison(file: ExperimentFile, key: str, entry: Any, arms: Mapping[str, D
     if len(pair) != 2:
         raise file.refuse(key, f"a different arm and control from {', '.join(arms)}", entry)
     margin = entry.get("margin")
+    for name in SHARED:
+        if len(found := {str(getattr(arms[arm], name)) for arm in pair}) > 1:
+            raise file.refuse(f"{key}: {name}", f"the same for {' and '.join(pair)}", " and ".join(sorted(found)))
     if margin is not None and not (type(margin) in (int, float) and 0 < margin < float("inf")):
         raise file.refuse(f"{key}.margin", "a margin above 0", margin)
     return Question(entry["arm"], entry["control"], margin)

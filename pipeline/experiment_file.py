@@ -91,9 +91,9 @@ def _override(document: dict[str, Any], override: str) -> str:
     dotted, equals, text = override.partition("=")
     *tables, key = dotted.split(".")
     for name in tables:
-        document = document.setdefault(name, {})
+        document = document.setdefault(name, {}) if isinstance(document, dict) else document
     if not equals or not isinstance(document, dict):
-        raise ConfigError("no such override", expected="KEY=VALUE", found=override, remedy="Mend --set")
+        raise ConfigError("no such override", expected="TABLE.KEY=VALUE", found=override, remedy="Mend --set")
     try:
         document[key] = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:

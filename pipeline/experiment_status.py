@@ -12,14 +12,14 @@ from ..kvcache.lock import is_held
 from .callbacks import read_metrics
 from .experiment_config import ExperimentConfig
 from .run_directory import RunDirectory
-from .run_process import last_words
+from .run_process import failure
 
 RunState = Literal["finished", "running", "failed", "waiting"]
 
 
 @dataclass(frozen=True)
 class RunStatus:
-    """One run: its state, and of a running one its progress, of a failed one the last line of what it said.
+    """One run: its state, and of a running one its progress, of a failed one its error.
     `seconds` is how long a finished one took."""
 
     name: str
@@ -42,12 +42,13 @@ def seconds_left(runs: Sequence[RunStatus]) -> float | None:
 
 
 def _status(path: Path) -> RunStatus:
-    run = RunDirectory(path)
+    # A run that ends in between has its record before it gives its marker back: the marker is looked at first.
+    run, running = RunDirectory(path), is_held(path)
     if (record := run.read_record()) is not None:
         return RunStatus(path.name, "finished", seconds=float(record["seconds"]["total"]))
-    if is_held(path):
+    if running:
         return RunStatus(path.name, "running", progress_of(run))
-    said = last_words(path)
+    said = failure(path)
     return RunStatus(path.name, "failed", said) if said else RunStatus(path.name, "waiting", progress_of(run))
 
 

@@ -16,7 +16,7 @@ from .channel_moments import Moments
 
 KVControlName = Literal["none", "shuffled", "random"]
 
-TEACHERS = ("teacher_kv", "teacher_queries")
+TEACHER_TENSORS = ("teacher_kv", "teacher_queries")
 """What a batch holds of every token of the teacher's, `[..., B, H, K, D]`."""
 
 
@@ -35,7 +35,7 @@ class ShuffledKV:
         self, batch: dict[str, Tensor], indices: Sequence[int], lengths: Int[np.ndarray, " B"]
     ) -> dict[str, Tensor]:
         order = self._order(indices, lengths, batch["teacher_kv"].shape[-2])
-        moved = {name: take_tokens(batch[name], order) for name in TEACHERS if name in batch}
+        moved = {name: take_tokens(batch[name], order) for name in TEACHER_TENSORS if name in batch}
         positions = batch.get("teacher_positions")
         return batch | moved | {"teacher_positions": order if positions is None else positions.gather(1, order)}
 

@@ -8,7 +8,7 @@ import torch
 
 from .channel_moments import ChannelMoments, Moments
 from .distiller import KVDistiller
-from .kv_controls import TEACHERS
+from .kv_controls import TEACHER_TENSORS
 from .paired_kv import paired_kv
 from .training_data import KVDataset
 
@@ -43,7 +43,7 @@ def stored_moments(dataset: KVDataset, indices: Sequence[int]) -> dict[str, Mome
     for start in range(0, len(chosen), BATCH):
         rows = chosen[start : start + BATCH]
         batch = dataset.__getitems__(rows)
-        for name in (name for name in TEACHERS if name in batch):
+        for name in (name for name in TEACHER_TENSORS if name in batch):
             kept = torch.arange(batch[name].shape[-2]) < torch.from_numpy(dataset.store.kv_length[rows])[:, None]
             moments.setdefault(name, ChannelMoments()).update(batch[name], kept.int())
     return {name: moment.value() for name, moment in moments.items()}

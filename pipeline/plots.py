@@ -80,11 +80,11 @@ def frontier(results: Results) -> str:
     figure, axes = _figure(7.6, 3.8)
     axes.axhline(0, color=INK, linewidth=0.8)
     without_kv = {run.arm for run in results.runs if run.record["config"]["mode"] == "none"}
+    for margin in {c.margin for c in results.comparisons[results.primary_metric] if c.margin is not None}:
+        axes.axhspan(-margin, margin, color=INK, alpha=0.08, linewidth=0)
     styles = zip(cycle("osD^vP"), cycle(COLOURS), strict=False)
     for comparison, (marker, colour) in zip(results.comparisons[results.primary_metric], styles, strict=False):
         arm, mean = comparison.arm, comparison.mean_difference
-        if comparison.margin is not None:
-            axes.axhspan(-comparison.margin, comparison.margin, color=INK, alpha=0.02, linewidth=0)
         if arm in without_kv:
             axes.axhline(mean, color=colour, linestyle="--", label=f"{arm} (no KV)")
         elif results.arm_stores[arm] != results.arm_stores[comparison.control]:

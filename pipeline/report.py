@@ -1,4 +1,4 @@
-"""The report of an experiment: `results.json`, one HTML page, and the same in Markdown."""
+"""The report of an experiment: `results.json`, one HTML page, and its main parts in Markdown."""
 
 from __future__ import annotations
 
@@ -71,17 +71,16 @@ def training_summary(runs: list[RunResult]) -> dict[str, Any]:
 def sentence(comparison: Comparison) -> str:
     """A comparison in words: the verdict with its number, interval and p-value."""
     c = comparison
-    test = "Holm-adjusted p" if c.margin is None else f"Holm-adjusted p of a difference within {c.margin:g}"
     over = "over seeds" if math.isnan(c.crossed_low) else "over seeds and samples"
     low, high = c.headline
+    seeds = f"{c.num_seeds} paired seeds" + (f" of {c.num_seeds + len(c.missing_seeds)}" if c.missing_seeds else "")
     numbers = (
         f"difference in {c.metric} {number(c.mean_difference)}, {c.confidence:.0%} CI {over} {number(low)} to "
-        f"{number(high)}, {test} {p_value(c.p_adjusted)}, {c.num_seeds} paired seeds"
+        f"{number(high)}, {_deciding_p(c)}, {seeds}"
     )
     if c.verdict is None:
-        return (
-            f"{c.arm} against {c.control}: no verdict ({numbers}; a verdict needs {MIN_SEEDS} seeds and some spread)."
-        )
+        needs = "all its runs" if c.unrun_seeds else f"{MIN_SEEDS} seeds and some spread"
+        return f"{c.arm} against {c.control}: no verdict ({numbers}; a verdict needs {needs})."
     if c.verdict == "inconclusive":
         found = f"; {POWER:.0%} power for {number(c.minimum_detectable)}" if c.minimum_detectable > 0 else ""
         return f"{c.arm} against {c.control}: inconclusive ({numbers}{found})."
@@ -89,6 +88,15 @@ def sentence(comparison: Comparison) -> str:
         return f"{c.arm} is equivalent to {c.control} ({numbers})."
     beyond = f" by more than {c.margin:g}" if c.margin is not None else ""
     return f"{c.arm} is {c.verdict} than {c.control}{beyond} ({numbers})."
+
+
+def _deciding_p(comparison: Comparison) -> str:
+    c = comparison
+    if c.margin is None:
+        return f"Holm-adjusted p {p_value(c.p_adjusted)}"
+    if c.verdict in ("better", "worse"):
+        return f"Holm-adjusted p of a difference beyond {c.margin:g} {p_value(c.p_beyond)}"
+    return f"Holm-adjusted p of a difference within {c.margin:g} {p_value(c.p_adjusted)}"
 
 
 def claim_sentence(claim: Claim) -> str:
@@ -103,13 +111,13 @@ def claim_sentence(claim: Claim) -> str:
     return f"No claim that the teacher's KV helps {claim.arm}: {', and '.join(reasons)}."
 
 
-def _listed(controls: dict[str, str]) -> str:
-    return ", ".join(f"{kind} ({arm})" for kind, arm in controls.items())
+def _listed(controls: dict[str, tuple[str, ...]]) -> str:
+    return ", ".join(f"{kind} ({', '.join(arms)})" for kind, arms in controls.items())
 
 
 def number(value: float | None) -> str:
     """Four decimals; an em dash for what could not be computed."""
-    return "—" if value is None or math.isnan(value) else f"{value:.4f}"
+    return "—" if value is None or not math.isfinite(value) else f"{value:.4f}"
 
 
 def share(value: float | None) -> str:

@@ -61,8 +61,9 @@ def _outcomes(results: Mapping[str, Any]) -> dict[str, Any]:
     metric = results["primary_metric"]
     found: dict[str, Any] = {f"failed {name}": said for name, said in results["failures"].items()}
     for arm in dict.fromkeys(run["arm"] for run in results["runs"]):
-        scores = [run["scores"][metric] for run in results["runs"] if run["arm"] == arm]
-        found[f"mean {metric} of {arm}"] = f"{sum(scores) / len(scores):.4f} over {len(scores)} seeds"
+        runs = [run["scores"] for run in results["runs"] if run["arm"] == arm]
+        if scores := [run[metric] for run in runs if metric in run]:
+            found[f"mean {metric} of {arm}"] = f"{sum(scores) / len(scores):.4f} over {len(scores)} seeds"
     for c in results["comparisons"][metric]:
         mean = "—" if c["mean_difference"] is None else f"{c['mean_difference']:.4f}"
         within = f" within {c['margin']:g}" if c["margin"] is not None else ""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -54,13 +54,14 @@ class Savings:
 
 @dataclass(frozen=True)
 class Results:
-    """All that a report shows. `declared` is what the experiment file fixed beforehand."""
+    """All that a report shows. `declared` is what the experiment file says of it, `unrun` the runs still to come."""
 
     name: str
     primary_metric: str
     declared: dict[str, Any]
     runs: list[RunResult]
     failures: dict[str, str]
+    unrun: list[str]
     wall_seconds: float
     comparisons: dict[str, list[Comparison]]
     claims: list[Claim]
@@ -96,13 +97,15 @@ def collect(config: ExperimentConfig, outcome: ExperimentRuns, runs_dir: Path) -
     _require_pairs(config, runs)
     scores = {(run.arm, run.seed): read_scores(RunDirectory(runs_dir / run.name)) for run in runs}
     stores = [KVStore.open(extraction.store) for extraction in config.extractions]
-    comparisons = {metric: _compare_all(config, runs, scores, metric) for metric in _metrics(config)}
+    unrun = [run.name for run in config.runs if run.name not in outcome.records.keys() | outcome.failures.keys()]
+    comparisons = {metric: _compare_all(config, runs, scores, unrun, metric) for metric in _metrics(config)}
     return Results(
         name=config.name,
         primary_metric=config.primary_metric,
         declared=_declared(config),
         runs=runs,
         failures=outcome.failures,
+        unrun=unrun,
         wall_seconds=outcome.wall_seconds,
         comparisons=comparisons,
         claims=claims(config, comparisons[config.primary_metric]),
@@ -177,7 +180,11 @@ def _compute(run: RunResult) -> dict[str, int]:
 
 
 def _compare_all(
-    config: ExperimentConfig, runs: list[RunResult], scores: Mapping[tuple[str, int], HeldOutScores], metric: str
+    config: ExperimentConfig,
+    runs: list[RunResult],
+    scores: Mapping[tuple[str, int], HeldOutScores],
+    unrun: Sequence[str],
+    metric: str,
 ) -> list[Comparison]:
     """One family: Holm's correction spans all comparisons of a metric."""
     by_arm: dict[str, dict[int, float]] = {arm: {} for arm in config.arms}
@@ -188,7 +195,10 @@ def _compare_all(
     def answer(asked: Question) -> Comparison:
         pair = by_arm[asked.arm], by_arm[asked.control]
         seeds = sorted(pair[0].keys() & pair[1].keys())
-        return distribution_free(compare(asked, metric, *pair, sample_differences(asked, metric, seeds, scores)))
+        compared = compare(asked, metric, *pair, sample_differences(asked, metric, seeds, scores))
+        missing = tuple(seed for seed in config.seeds if seed not in seeds)
+        to_come = tuple(s for s in missing if {f"{arm}-seed{s}" for arm in (asked.arm, asked.control)} & set(unrun))
+        return replace(distribution_free(compared), missing_seeds=missing, unrun_seeds=to_come)
 
     questions = config.comparisons if metric == config.primary_metric else _without_margins(config.comparisons)
     return adjust([answer(question) for question in questions])
@@ -207,7 +217,7 @@ def arm_summary(results: Results, metric: str) -> Mapping[str, tuple[float, floa
         if values:
             found[arm] = (
                 float(np.mean(values)),
-                float(np.std(values, ddof=1)) if len(values) > 1 else 0.0,
+                float(np.std(values, ddof=1)) if len(values) > 1 else float("nan"),
                 len(values),
             )
     return found

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import sys
 import threading
+import traceback
 from collections.abc import Sequence
 from functools import cache
 from multiprocessing.context import ForkServerContext
@@ -19,9 +21,12 @@ from ..kvcache.errors import KVPipeError
 from .config import DistillConfig
 from .distill import distill
 
+FAILED = "Error: "
+"""Begins the last line of the log of a run that failed."""
+
 
 class RunProcess:
-    """A started `distill`. `poll` tells when it is over; `said` is the last line of its log."""
+    """A started `distill`. `poll` tells when it is over; `said` is the error that ended it."""
 
     def __init__(
         self,
@@ -50,7 +55,7 @@ class RunProcess:
 
     @property
     def said(self) -> str:
-        return last_words(self._run_dir) or f"exit code {self.poll()} without a word"
+        return failure(self._run_dir) or f"exit code {self.poll()} without a word"
 
 
 def log_path(run_dir: Path) -> Path:
@@ -58,13 +63,13 @@ def log_path(run_dir: Path) -> Path:
     return run_dir.with_name(f"{run_dir.name}.log")
 
 
-def last_words(run_dir: Path) -> str:
-    """The last line of a run's log; empty where there is none."""
+def failure(run_dir: Path) -> str:
+    """The error that ended a run, from the last line of its log; empty where it was interrupted, or goes on."""
     try:
         lines = log_path(run_dir).read_text(errors="replace").strip().splitlines()
     except FileNotFoundError:
         return ""
-    return lines[-1] if lines else ""
+    return lines[-1].removeprefix(FAILED) if lines and lines[-1].startswith(FAILED) else ""
 
 
 @cache
@@ -81,12 +86,17 @@ def _run(
     with log_path(run_dir).open("wb") as output:
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)
+    # Ctrl-C reaches every process of a terminal: it is the experiment that stops its runs.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
     try:
         distill(config, store, run_dir, device=device, report_to=report_to)
     except (KVPipeError, DataError, OSError) as error:
-        sys.exit(str(error))
+        sys.exit(f"{FAILED}{error}")
+    except Exception as error:  # noqa: BLE001 - a bug of ours: the log has its traceback, the report its name
+        traceback.print_exc()
+        sys.exit(f"{FAILED}{type(error).__name__}: {error}")
 
 
 def _end_with_parent() -> None:

@@ -14,9 +14,8 @@ from scipy import stats
 from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.power import TTestPower
-from statsmodels.stats.weightstats import DescrStatsW
 
-from .crossed_bootstrap import SampleDifferences, crossed_interval
+from .crossed_bootstrap import CrossedBootstrap, SampleDifferences, crossed_bootstrap
 
 Verdict = Literal["better", "worse", "equivalent", "inconclusive"]
 
@@ -34,7 +33,7 @@ EXACT_SEEDS = 16
 COMPARED_METRICS = ("ce", "ce_auc", "exact_match", "token_accuracy")
 """What every comparison is made on; an experiment declares one of them as primary."""
 
-LOWER_IS_BETTER = {"ce", "ce_auc", "nmse_key", "nmse_value"}
+LOWER_IS_BETTER = {"ce", "ce_auc"}
 
 NAN = float("nan")
 
@@ -53,9 +52,11 @@ class Question:
 class Comparison:
     """`arm` against `control` on one metric. `differences` are arm minus control, one a seed.
 
-    `p_value` is of the paired t-test, on which the verdict rests; with a `margin` that of equivalence, the greater one
-    of two one-sided tests. The interval is at 1 - ALPHA, with a margin at 1 - 2 * ALPHA, which lies within the margin
-    where both tests reject. A `verdict` of None is none: too few seeds, or no spread.
+    `p_value` is of the paired t-test, `p_crossed` of the same question for other samples too, where there are scores by
+    sample; the verdict rests on the greater one, Holm-adjusted. Without a margin the question is a difference from 0;
+    with one it is a difference within it, and `p_beyond`, adjusted by then, asks for one beyond it, either side.
+    Intervals are at 1 - ALPHA, with a margin at 1 - 2 * ALPHA, which lies within the margin where both one-sided tests
+    reject. A `verdict` of None is none: too few seeds, some of them still to run, or no spread.
     """
 
     arm: str
@@ -64,21 +65,23 @@ class Comparison:
     seeds: tuple[int, ...]
     differences: tuple[float, ...]
     mean_difference: float
-    ci_low: float
-    ci_high: float
-    p_value: float
-    p_adjusted: float
-    effect_size: float
+    ci_low: float = NAN
+    ci_high: float = NAN
+    p_value: float = NAN
+    p_adjusted: float = NAN
+    effect_size: float = NAN
     p_sign_flip: float = NAN
     p_wilcoxon: float = NAN
     crossed_low: float = NAN
     crossed_high: float = NAN
-    """Interval for other seeds and other samples, where there are scores by sample."""
+    p_crossed: float = NAN
     minimum_detectable: float = NAN
     """What this many seeds of this spread find with a probability of POWER, in units of the metric."""
     margin: float | None = None
     p_beyond: float = NAN
-    """With a margin: of a difference beyond it, on the side where it is."""
+    missing_seeds: tuple[int, ...] = ()
+    """Declared seeds that are no pair: a run failed, or is still to come."""
+    unrun_seeds: tuple[int, ...] = ()
     verdict: Verdict | None = None
 
     @property
@@ -88,12 +91,26 @@ class Comparison:
     @property
     def confidence(self) -> float:
         """Of the intervals: two one-sided tests at ALPHA go with one of 1 - 2 * ALPHA."""
-        return _confidence(self.margin)
+        return 1 - ALPHA if self.margin is None else 1 - 2 * ALPHA
 
     @property
     def headline(self) -> tuple[float, float]:
         """The interval to go by: over seeds and samples where there is one, else over seeds."""
         return (self.ci_low, self.ci_high) if math.isnan(self.crossed_low) else (self.crossed_low, self.crossed_high)
+
+
+@dataclass(frozen=True)
+class PairedT:
+    """One-sided tests of the seeds' mean difference, by Student's t; those of CrossedBootstrap are for other samples
+    too."""
+
+    differences: NDArray[np.float64]
+
+    def p_below(self, value: float) -> float:
+        return float(stats.ttest_1samp(self.differences, value, alternative="less").pvalue)
+
+    def p_above(self, value: float) -> float:
+        return float(stats.ttest_1samp(self.differences, value, alternative="greater").pvalue)
 
 
 def compare(
@@ -104,66 +121,61 @@ def compare(
     samples: SampleDifferences | None = None,
 ) -> Comparison:
     """Compare over the seeds that both arms finished: a paired t-test, or, with a margin, two one-sided ones
-    (Schuirmann 1987); Cohen's d_z as the effect size.
+    (Schuirmann 1987), and the same by the crossed bootstrap of `samples`; Cohen's d_z as the effect size.
 
     With fewer than two seeds, or where every seed gives the same difference other than zero (but for rounding), the
     tests have nothing to say: their numbers are NaN. Runs that are the very same are no difference at all.
     """
     seeds = tuple(sorted(arm_scores.keys() & control_scores.keys()))
     differences = np.array([arm_scores[s] - control_scores[s] for s in seeds])
-    mean = float(differences.mean()) if len(seeds) else NAN
-    found = Comparison(
-        question.arm,
-        question.control,
-        metric,
-        seeds,
-        tuple(differences.tolist()),
-        mean,
-        *(NAN,) * 5,
-        margin=question.margin,
-    )
+    mean, margin = float(differences.mean()) if len(seeds) else NAN, question.margin
+    asked = (question.arm, question.control, metric)
+    found = Comparison(*asked, seeds, tuple(differences.tolist()), mean, margin=margin)
     if len(seeds) < 2 or not np.isfinite(differences).all():
         return found
     if not differences.any():
-        p_value = 1.0 if question.margin is None else 0.0
-        return replace(found, ci_low=0.0, ci_high=0.0, p_value=p_value, p_beyond=1.0)
+        p_value, p_beyond = (1.0, NAN) if margin is None else (0.0, 1.0)
+        return replace(found, ci_low=0.0, ci_high=0.0, p_value=p_value, p_beyond=p_beyond)
     spread = float(differences.std(ddof=1))
     if spread <= ROUNDING * abs(mean):
         return found
-    test = stats.ttest_1samp(differences, 0.0)
-    interval = test.confidence_interval(found.confidence)
-    crossed = crossed_interval(samples, found.confidence) if samples is not None else (NAN, NAN)
-    p_value, p_beyond = float(test.pvalue), NAN
-    if question.margin is not None:
-        p_value, p_beyond = _within(differences, question.margin)
-    return replace(
+    interval = stats.ttest_1samp(differences, 0.0).confidence_interval(found.confidence)
+    p_value, p_beyond = _p_values(PairedT(differences), margin)
+    found = replace(
         found,
         ci_low=float(interval.low),
         ci_high=float(interval.high),
         p_value=p_value,
-        effect_size=mean / spread,
-        crossed_low=crossed[0],
-        crossed_high=crossed[1],
         p_beyond=p_beyond,
+        effect_size=mean / spread,
     )
+    crossed = crossed_bootstrap(samples) if samples is not None else None
+    return found if crossed is None else _with_other_samples(found, crossed)
 
 
-def _confidence(margin: float | None) -> float:
-    return 1 - ALPHA if margin is None else 1 - 2 * ALPHA
+def _with_other_samples(found: Comparison, crossed: CrossedBootstrap) -> Comparison:
+    low, high = crossed.interval(found.confidence)
+    p_crossed, p_beyond = _p_values(crossed, found.margin)
+    # NaN, where nothing is asked, stays NaN.
+    p_beyond = float(np.maximum(found.p_beyond, p_beyond))
+    return replace(found, crossed_low=low, crossed_high=high, p_crossed=p_crossed, p_beyond=p_beyond)
 
 
-def _within(differences: NDArray[np.float64], margin: float) -> tuple[float, float]:
-    """p of a difference within the margin, and of one beyond it."""
-    p_within = float(DescrStatsW(differences).ttost_mean(-margin, margin)[0])
-    towards_zero = -math.copysign(1, differences.mean()) * differences
-    return p_within, float(stats.ttest_1samp(towards_zero, -margin, alternative="less").pvalue)
+def _p_values(tests: PairedT | CrossedBootstrap, margin: float | None) -> tuple[float, float]:
+    """p of a difference from 0, two-sided; with a margin that of one within it, and that of one beyond it: on either
+    side, hence doubled."""
+    if margin is None:
+        return min(1.0, 2 * min(tests.p_below(0.0), tests.p_above(0.0))), NAN
+    within = max(tests.p_below(margin), tests.p_above(-margin))
+    return within, min(1.0, 2 * min(tests.p_below(-margin), tests.p_above(margin)))
 
 
 def distribution_free(comparison: Comparison) -> Comparison:
-    """The same question of the same seeds by tests that assume less, and need more seeds to find as much: the sign-flip
-    permutation test, exact up to EXACT_SEEDS seeds, and Wilcoxon's."""
+    """A difference from 0 by tests that assume less, and need more seeds to find as much: the sign-flip permutation
+    test, exact up to EXACT_SEEDS seeds, and Wilcoxon's. They know no margin."""
     differences = np.array(comparison.differences)
-    if len(differences) < 2 or not np.isfinite(differences).all() or not differences.any():
+    usable = len(differences) >= 2 and np.isfinite(differences).all() and differences.any()
+    if comparison.margin is not None or not usable:
         return comparison
     # To exchange the scores of a pair flips the sign of its difference.
     flips = stats.permutation_test(
@@ -179,32 +191,33 @@ def distribution_free(comparison: Comparison) -> Comparison:
 
 
 def adjust(comparisons: Sequence[Comparison]) -> list[Comparison]:
-    """Holm's correction over a family of comparisons, and the verdict of each. Differences beyond their margins are a
-    family of their own."""
-    adjusted, beyond = (_holm([p(c) for c in comparisons]) for p in (lambda c: c.p_value, lambda c: c.p_beyond))
-    family = sum(not math.isnan(c.p_value) for c in comparisons)
+    """Holm's correction over a family of comparisons, and the verdict of each. A margin asks two questions."""
+    with_margin = [i for i, c in enumerate(comparisons) if c.margin is not None]
+    asked = [float(np.fmax(c.p_value, c.p_crossed)) for c in comparisons]
+    family = _holm([*asked, *(comparisons[i].p_beyond for i in with_margin)])
+    beyond = dict(zip(with_margin, family[len(comparisons) :], strict=True))
     return [
-        replace(
-            comparison,
-            p_adjusted=p_value,
-            p_beyond=p_beyond,
-            minimum_detectable=_minimum_detectable(comparison, family),
-            verdict=_verdict(comparison, p_value, p_beyond),
-        )
-        for comparison, p_value, p_beyond in zip(comparisons, adjusted, beyond, strict=True)
+        _with_verdict(replace(c, p_adjusted=p_value, p_beyond=beyond.get(i, NAN)), len(family))
+        for i, (c, p_value) in enumerate(zip(comparisons, family, strict=False))
     ]
 
 
 def _holm(p_values: Sequence[float]) -> list[float]:
-    """Adjusted; NaN stays NaN and does not count."""
-    tested = [p_value for p_value in p_values if not math.isnan(p_value)]
-    corrected = iter(multipletests(tested, alpha=ALPHA, method="holm")[1] if tested else ())
-    return [p_value if math.isnan(p_value) else float(next(corrected)) for p_value in p_values]
+    """Adjusted. NaN stays NaN, and counts: a run that failed makes the others' verdicts no easier."""
+    if not p_values:
+        return []
+    corrected = multipletests(np.nan_to_num(p_values, nan=1.0), alpha=ALPHA, method="holm")[1]
+    return np.where(np.isnan(p_values), NAN, corrected).tolist()
+
+
+def _with_verdict(comparison: Comparison, family: int) -> Comparison:
+    detectable = _minimum_detectable(comparison, family)
+    return replace(comparison, minimum_detectable=detectable, verdict=_verdict(comparison))
 
 
 def _minimum_detectable(comparison: Comparison, family: int) -> float:
-    """At the level that Holm asks of the smallest p of its family, the strictest."""
-    if comparison.num_seeds < 2 or math.isnan(comparison.effect_size):
+    """By the t-test, at the level that Holm asks of the smallest p of its family, the strictest."""
+    if comparison.num_seeds < 2 or math.isnan(comparison.effect_size) or comparison.margin is not None:
         return NAN
     return _detectable_effect(comparison.num_seeds, family) * float(np.std(comparison.differences, ddof=1))
 
@@ -215,15 +228,13 @@ def _detectable_effect(num_seeds: int, family: int) -> float:
     return float(TTestPower().solve_power(nobs=num_seeds, alpha=ALPHA / family, power=POWER))
 
 
-def _verdict(comparison: Comparison, p_adjusted: float, p_beyond: float) -> Verdict | None:
-    """Better, worse and equivalent take both: the test over the seeds, and the interval for other samples too."""
-    if comparison.num_seeds < MIN_SEEDS or math.isnan(p_adjusted):
+def _verdict(comparison: Comparison) -> Verdict | None:
+    if comparison.num_seeds < MIN_SEEDS or comparison.unrun_seeds or math.isnan(comparison.p_adjusted):
         return None
-    (low, high), margin = comparison.headline, comparison.margin
-    if margin is not None and p_adjusted < ALPHA and -margin < low and high < margin:
+    if comparison.margin is not None and comparison.p_adjusted < ALPHA:
         return "equivalent"
-    decisive, bound = (p_adjusted, 0.0) if margin is None else (p_beyond, margin)
-    if decisive < ALPHA and (low > bound or high < -bound):
+    decisive = comparison.p_adjusted if comparison.margin is None else comparison.p_beyond
+    if decisive < ALPHA:
         lower = comparison.mean_difference < 0
         return "better" if lower == (comparison.metric in LOWER_IS_BETTER) else "worse"
     return "inconclusive"

@@ -197,7 +197,7 @@ BROKEN = {
     "no budget": ("[budget]\nepochs = 2\n", "", "missing key: .* found no budget"),
     "a budget of two kinds": ("epochs = 2", "epochs = 2\nmax_steps = 3", "budget: expected one of epochs, max_steps"),
     "a budget of another kind": ("epochs = 2", "hours = 2", "budget.hours: no such field"),
-    "a budget of nothing": ("epochs = 2", "max_steps = 0", "line 12: budget.max_steps: expected at least 1"),
+    "a budget of nothing": ("epochs = 2", "max_steps = 0", "line 12: budget.max_steps: expected more than 0"),
     "a loss that is none": ('mode = "flat"', 'mode = "flat"\nkv_loss = "no"', "line 23: arms.flat.kv_loss: no such KV"),
     "a layer map that is not there": ("kv_weight = 2", 'layer_map = "no.json"', "line 15: base.layer_map: no.json"),
     "an arm with a budget": ("learning_rate = 0.004", "max_steps = 4", "arms.flat.max_steps: expected it in .budget"),

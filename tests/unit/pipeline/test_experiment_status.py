@@ -19,7 +19,8 @@ def test_runs_are_finished_running_failed_or_waiting(make_experiment: Callable[.
     missing = dict.fromkeys(("flat-seed1", "none-seed2", "flat-seed2"), "missing")
     finished = make_experiment(ARMS, seeds=3, without=missing)
     runs: Path = finished.runs_dir
-    log_path(runs / "none-seed2").write_text("something\n\nthe store has fewer samples\n")
+    log_path(runs / "none-seed2").write_text("something\n\nError: the store has fewer samples\n")
+    log_path(runs / "flat-seed2").write_text("a library's warning, and then a signal\n")
     running = runs / "flat-seed1"
     running.mkdir()
     (running / "metrics.jsonl").write_text('{"step": 10, "loss": 2.0, "ce": 1.5, "kv": 0.5}\n{"step": 20, "los')

@@ -193,7 +193,7 @@ def test_a_sentence_says_the_verdict_and_its_numbers(make_experiment: MakeExperi
     flat, structured = results_of(make_experiment(ARMS)).comparisons["ce"]
     assert re.fullmatch(
         r"flat is better than none \(difference in ce -0\.\d{4}, 95% CI over seeds and samples -0\.\d{4} to -0\.\d{4}, "
-        r"Holm-adjusted p < 0\.0001, 6 paired seeds\)\.",
+        r"Holm-adjusted p 0\.000\d, 6 paired seeds\)\.",
         sentence(flat),
     )
     assert sentence(replace(structured, verdict="inconclusive")).startswith("structured against none: inconclusive (")
