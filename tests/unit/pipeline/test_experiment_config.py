@@ -198,6 +198,12 @@ BROKEN = {
     "a budget of two kinds": ("epochs = 2", "epochs = 2\nmax_steps = 3", "budget: expected one of epochs, max_steps"),
     "a budget of another kind": ("epochs = 2", "hours = 2", "budget.hours: no such field"),
     "a budget of nothing": ("epochs = 2", "max_steps = 0", "line 12: budget.max_steps: expected more than 0"),
+    "a budget without a limit": ("epochs = 2", "max_steps = -1", "line 12: budget.max_steps: expected more than 0"),
+    "a pair of other splits": (
+        "learning_rate = 0.004",
+        'eval_split = "validation"',
+        "comparisons.0: eval_split: expected the same for none and flat, found test and validation",
+    ),
     "a loss that is none": ('mode = "flat"', 'mode = "flat"\nkv_loss = "no"', "line 23: arms.flat.kv_loss: no such KV"),
     "a layer map that is not there": ("kv_weight = 2", 'layer_map = "no.json"', "line 15: base.layer_map: no.json"),
     "an arm with a budget": ("learning_rate = 0.004", "max_steps = 4", "arms.flat.max_steps: expected it in .budget"),
@@ -291,7 +297,14 @@ def test_overrides_replace_values_of_the_file_and_are_checked_like_them(write: W
     config = load_experiment(path, ["extract.samples=7", "budget.epochs=1.5", "name=mine", "extract.dataset=my.jsonl"])
     assert (config.name, config.extract.samples, config.extract.dataset) == ("mine", 7, "my.jsonl")
     assert {recipe.epochs for recipe in config.arms.values()} == {1.5}
-    for override in ("base.rate=1", "nothing", "name.deeper=1", "extract.samples=many"):
+    for override in (
+        "base.rate=1",
+        "nothing",
+        "name.deeper=1",
+        "name.a.b=1",
+        "comparisons.0.margin=1",
+        "extract.samples=many",
+    ):
         with pytest.raises(ConfigError, match="found"):
             load_experiment(path, [override])
 
