@@ -11,7 +11,7 @@ from kvpipe.pipeline import crossed_bootstrap
 from kvpipe.pipeline.crossed_bootstrap import SampleDifferences
 from kvpipe.pipeline.stats import Comparison, Question, adjust, compare
 
-EXPERIMENTS, SEEDS, SAMPLES = 2000, 8, 256
+EXPERIMENTS, SEEDS, SAMPLES = 500, 8, 256
 BETWEEN_SEEDS, CELL = 0.04, 0.2
 MARGIN = 0.04
 

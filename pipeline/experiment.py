@@ -15,6 +15,7 @@ from rich.progress import Progress, TaskID
 from ..kvcache.errors import ConfigError
 from ..kvcache.store import KVStore
 from .config import DistillConfig
+from .declaration import declare
 from .experiment_config import ExperimentConfig
 from .experiment_status import experiment_status, progress_of
 from .extract import extract
@@ -61,6 +62,8 @@ def run_experiment(
         # The teacher is gone; what torch still holds for it, the runs can use.
         torch.cuda.empty_cache()
     waiting = [run for run in config.runs if not _is_finished(runs_dir / run.name, run.recipe, stores[run.store])]
+    if len(waiting) == len(config.runs):
+        declare(config, runs_dir)
     ran = len(waiting)
     threads = max(1, _cores() // jobs)
     start = time.perf_counter()
@@ -83,10 +86,12 @@ def _cores() -> int:
 
 
 def finished_runs(config: ExperimentConfig, runs_dir: Path) -> ExperimentRuns:
-    """What is there already, without running anything. Raises ConfigError for held-out text that is in the training
-    text, and where a folder holds another run than the file's."""
+    """What is there already, without running anything. Raises StoreError for an incomplete store, ConfigError for
+    held-out text that is in the training text, and where a folder holds another run than the file's."""
     stores = {extraction.store: KVStore.open(extraction.store) for extraction in config.extractions}
     _require_disjoint_splits(stores.values())
+    for store in stores.values():
+        store.require_complete()
     for run in config.runs:
         _is_finished(runs_dir / run.name, run.recipe, stores[run.store])
     records = _records(config, runs_dir)

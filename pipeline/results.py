@@ -15,6 +15,7 @@ from ..kvcache.store import KVStore
 from ..kvcache.summary import summarise
 from .callbacks import read_metrics
 from .claims import Claim, claims
+from .declaration import changed_since, declaration
 from .experiment import ExperimentRuns
 from .experiment_config import ExperimentConfig
 from .held_out_scores import CheckpointPair, HeldOutScores, checkpoint_pairs, read_scores, sample_differences
@@ -54,11 +55,13 @@ class Savings:
 
 @dataclass(frozen=True)
 class Results:
-    """All that a report shows. `declared` is what the experiment file says of it, `unrun` the runs still to come."""
+    """All that a report shows. `declared` is what the experiment file says of it, `changed` what of that it said
+    otherwise before the first run was finished (None: not known), `unrun` the runs still to come."""
 
     name: str
     primary_metric: str
     declared: dict[str, Any]
+    changed: list[str] | None
     runs: list[RunResult]
     failures: dict[str, str]
     unrun: list[str]
@@ -102,7 +105,8 @@ def collect(config: ExperimentConfig, outcome: ExperimentRuns, runs_dir: Path) -
     return Results(
         name=config.name,
         primary_metric=config.primary_metric,
-        declared=_declared(config),
+        declared=declaration(config),
+        changed=changed_since(config, runs_dir),
         runs=runs,
         failures=outcome.failures,
         unrun=unrun,
@@ -122,17 +126,6 @@ def collect(config: ExperimentConfig, outcome: ExperimentRuns, runs_dir: Path) -
             for arm, recipe in config.arms.items()
         },
     )
-
-
-def _declared(config: ExperimentConfig) -> dict[str, Any]:
-    return {
-        "greater_is_better": config.greater_is_better,
-        "seeds": list(config.seeds),
-        "tuning_seeds": list(config.tuning_seeds),
-        "budget": config.budget.to_dict(),
-        "eval_splits": sorted({recipe.eval_split for recipe in config.arms.values()}),
-        "comparisons": [asdict(question) for question in config.comparisons],
-    }
 
 
 def _metrics(config: ExperimentConfig) -> list[str]:

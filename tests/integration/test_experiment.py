@@ -103,6 +103,7 @@ def test_an_experiment_is_run_once_and_survives_an_arm_that_fails(kvpipe: Any, t
     results = json.loads((tmp_path / "reports" / "greedy" / "results.json").read_text())
     assert sorted(run["name"] for run in results["runs"]) == sorted(RUNS)
     assert set(results["failures"]) == {"greedy-seed1", "greedy-seed2"}
+    assert results["changed"] == ["comparisons"]
     assert "greedy-seed1" in (tmp_path / "reports" / "greedy" / "report.md").read_text()
     by_arm = {comparison["arm"]: comparison for comparison in results["comparisons"]["ce"]}
     assert by_arm["greedy"]["verdict"] is None
@@ -113,6 +114,7 @@ def test_an_experiment_is_run_once_and_survives_an_arm_that_fails(kvpipe: Any, t
 def _check_report(folder: Path) -> None:
     results = json.loads((folder / "results.json").read_text(), parse_constant=_no_constants)
     assert results["failures"] == {}
+    assert results["changed"] == results["unrun"] == []
     assert [run["name"] for run in results["runs"]] == RUNS
     scores = {(run["arm"], run["seed"]): run["scores"]["ce"] for run in results["runs"]}
     pairings = {(run["arm"], run["seed"]): run["record"]["pairing"] for run in results["runs"]}

@@ -1,0 +1,42 @@
+"""What an experiment asked before its first run was finished, kept beside its runs: questions come before answers."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ..kvcache.files import write_atomic
+from .experiment_config import ExperimentConfig
+
+
+def declaration(config: ExperimentConfig) -> dict[str, Any]:
+    """What an experiment file says of how its runs are compared, as JSON has it."""
+    return {
+        "primary_metric": config.primary_metric,
+        "greater_is_better": config.greater_is_better,
+        "seeds": list(config.seeds),
+        "tuning_seeds": list(config.tuning_seeds),
+        "budget": config.budget.to_dict(),
+        "eval_splits": sorted({recipe.eval_split for recipe in config.arms.values()}),
+        "comparisons": [asdict(question) for question in config.comparisons],
+    }
+
+
+def declare(config: ExperimentConfig, runs_dir: Path) -> None:
+    """Keep the declaration of an experiment of which no run is finished."""
+    write_atomic(_path(runs_dir), (json.dumps(declaration(config), indent=1) + "\n").encode())
+
+
+def changed_since(config: ExperimentConfig, runs_dir: Path) -> list[str] | None:
+    """What the file says otherwise than it did before the first run was finished; None where nobody kept that."""
+    try:
+        kept = json.loads(_path(runs_dir).read_bytes())
+    except FileNotFoundError:
+        return None
+    return [name for name, said in declaration(config).items() if kept.get(name) != said]
+
+
+def _path(runs_dir: Path) -> Path:
+    return runs_dir / "declaration.json"

@@ -1,0 +1,41 @@
+"""Reports say what was asked before there was an answer, and what was asked after."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from kvpipe.pipeline.declaration import changed_since, declare
+from kvpipe.pipeline.report import write_report
+from kvpipe.pipeline.results import collect
+from kvpipe.pipeline.stats import Question
+
+ARMS = {"none": 0.9, "flat": 0.4}
+
+
+def test_what_a_file_changes_after_the_first_run_is_named(make_experiment: Callable[..., Any]) -> None:
+    finished = make_experiment(ARMS)
+    config, runs_dir = finished.config, finished.runs_dir
+    assert changed_since(config, runs_dir) is None
+    declare(config, runs_dir)
+    assert changed_since(config, runs_dir) == []
+    other = replace(config, primary_metric="exact_match", greater_is_better=True)
+    assert changed_since(other, runs_dir) == ["primary_metric", "greater_is_better"]
+    wider = replace(config, comparisons=(Question("flat", "none", 0.1),))
+    assert changed_since(wider, runs_dir) == ["comparisons"]
+
+
+def test_a_report_says_whether_its_questions_came_first(make_experiment: Callable[..., Any]) -> None:
+    finished = make_experiment(ARMS)
+    config, runs_dir = finished.config, finished.runs_dir
+
+    def said(config: Any) -> list[str]:
+        page = write_report(collect(config, finished.outcome, runs_dir), runs_dir / "report")
+        return [path.read_text() for path in (page, page.with_name("report.md"))]
+
+    assert all("The file declares: primary metric ce" in text for text in said(config))
+    declare(config, runs_dir)
+    assert all("Declared before any run was finished: primary metric ce" in text for text in said(config))
+    later = replace(config, comparisons=(Question("flat", "none", 0.1),))
+    assert all("Changed since the first run was finished: comparisons. " in text for text in said(later))
