@@ -32,7 +32,8 @@ def write_report(results: Results, folder: Path) -> Path:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": number, "p": p_value, "share": share, "count": "{:,.0f}".format}
+    environment.filters |= {"number": number, "interval": interval, "p": p_value, "share": share}
+    environment.filters["count"] = "{:,.0f}".format
     context: dict[str, Any] = {
         "results": results,
         "sentences": [sentence(c) for c in results.comparisons[results.primary_metric]],
@@ -95,8 +96,8 @@ def _deciding_p(comparison: Comparison) -> str:
     if c.margin is None:
         return f"Holm-adjusted p {p_value(c.p_adjusted)}"
     if c.verdict in ("better", "worse"):
-        return f"Holm-adjusted p of a difference beyond {c.margin:g} {p_value(c.p_beyond)}"
-    return f"Holm-adjusted p of a difference within {c.margin:g} {p_value(c.p_adjusted)}"
+        return f"Holm-adjusted p {p_value(c.p_beyond)} of a difference beyond {c.margin:g}"
+    return f"Holm-adjusted p {p_value(c.p_adjusted)} of a difference within {c.margin:g}"
 
 
 def claim_sentence(claim: Claim) -> str:
@@ -118,6 +119,10 @@ def _listed(controls: dict[str, tuple[str, ...]]) -> str:
 def number(value: float | None) -> str:
     """Four decimals; an em dash for what could not be computed."""
     return "—" if value is None or not math.isfinite(value) else f"{value:.4f}"
+
+
+def interval(low: float, high: float) -> str:
+    return "—" if math.isnan(low) else f"{number(low)} … {number(high)}"
 
 
 def share(value: float | None) -> str:
