@@ -77,7 +77,7 @@ def status(config: Config, overrides: Overrides = None, runs_dir: RunsDir = None
         typer.echo(f"{run.name:{width}}  {run.state:8}  {run.said or took}".rstrip())
     counted = [
         f"{number} {state}"
-        for state in ("finished", "running", "failed", "waiting")
+        for state in ("finished", "running", "failed", "waiting", "damaged")
         if (number := sum(run.state == state for run in runs))
     ]
     left = seconds_left(runs)
@@ -93,12 +93,15 @@ def _report(config: ExperimentConfig, outcome: ExperimentRuns, runs_dir: Path, r
 
     for name, line in outcome.failures.items():
         typer.secho(f"{name} failed: {line} (see {runs_dir / name}.log)", fg=typer.colors.RED, err=True)
+    if not outcome.records and outcome.failures:
+        typer.secho("No run finished, so there is no report.", fg=typer.colors.RED, err=True)
+        raise typer.Exit(1)
     if not outcome.records:
         raise ConfigError(
             "no run finished",
             expected=f"at least one under {runs_dir}",
             found="none",
-            remedy="Read the logs named above" if outcome.failures else "Start them with `kvpipe experiment run`",
+            remedy="Start them with `kvpipe experiment run`",
         )
     results = collect(config, outcome, runs_dir)
     page = write_report(results, report_dir or Path("reports") / config.name)

@@ -51,11 +51,3 @@ class MetricsFile(TrainerCallback):
 def _line(entry: Mapping[str, Any]) -> str:
     """Keys sorted, as they come back from a checkpoint."""
     return f"{json.dumps(entry, sort_keys=True)}\n"
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a `metrics.jsonl`; a line that is still being written does not count."""
-    if not path.exists():
-        return []
-    lines = path.read_text().split("\n")[:-1]
-    return [json.loads(line) for line in lines]

@@ -209,6 +209,6 @@ def parse_fields(document: Mapping[str, Any], hints: Mapping[str, Any], where: W
         whole = type(value) is int and float in options and int not in options
         parsed[name] = float(value) if whole else value
         if not any(parsed[name] == option or type(parsed[name]) is option for option in options):
-            shown = (option if isinstance(option, str) else option.__name__ for option in options)
+            shown = (o if isinstance(o, str) else o.__name__ for o in options if o is not type(None))
             raise ConfigError(where(name), expected=" or ".join(shown), found=repr(value), remedy="Mend its value")
     return parsed

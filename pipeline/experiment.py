@@ -13,6 +13,7 @@ import torch
 from rich.progress import Progress, TaskID
 
 from ..kvcache.errors import ConfigError
+from ..kvcache.lock import only_writer
 from ..kvcache.store import KVStore
 from .config import DistillConfig
 from .declaration import declare
@@ -47,7 +48,8 @@ def run_experiment(
     one on a GPU. Cores are shared out evenly, so that no run's arithmetic depends on its neighbours.
 
     A failed run is reported, not raised: the others go on. Raises ConfigError for `jobs` below one, for a tracker that
-    is not installed, for held-out text that is in the training text, and what `extract` raises.
+    is not installed, for held-out text that is in the training text, StoreError where another process runs the same
+    experiment, and what `extract` raises.
     """
     require_one_process("experiment")
     require_trackers(report_to)
@@ -56,6 +58,13 @@ def run_experiment(
         jobs = 1 if on_gpu else _cores()
     if jobs < 1:
         raise ConfigError("no such number of jobs", expected="at least 1", found=jobs, remedy="Mend --jobs")
+    with only_writer(runs_dir):
+        return _run(config, runs_dir, jobs, report_to, on_gpu=on_gpu)
+
+
+def _run(
+    config: ExperimentConfig, runs_dir: Path, jobs: int, report_to: Sequence[str], *, on_gpu: bool
+) -> ExperimentRuns:
     stores = {extraction.store: extract(extraction).store for extraction in config.extractions}
     _require_disjoint_splits(stores.values())
     if on_gpu:

@@ -114,7 +114,7 @@ def _require_keys(file: ExperimentFile) -> None:
     if unknown or missing:
         raise ConfigError(
             f"{file.where(unknown[0])}: unknown key" if unknown else f"{file.path}: missing key",
-            expected=", ".join(sorted(required | optional)),
+            expected=", ".join(sorted(required | optional) if unknown else missing),
             found=", ".join(unknown) if unknown else f"no {', '.join(missing)}",
             remedy="Mend the file",
         )
@@ -238,20 +238,30 @@ def _comparisons(file: ExperimentFile, arms: Mapping[str, DistillConfig]) -> tup
     entries = file.document["comparisons"]
     if not isinstance(entries, list) or not entries:
         raise file.refuse("comparisons", "a list of tables with arm and control", entries)
-    return tuple(_comparison(file, f"comparisons.{number}", entry, arms) for number, entry in enumerate(entries))
+    found: list[Question] = []
+    for number, entry in enumerate(entries):
+        question = _comparison(file, key := f"comparisons.{number}", entry, arms)
+        if question in found:
+            raise file.refuse(key, "every question once", f"{question.arm} against {question.control} again")
+        found.append(question)
+    return tuple(found)
 
 
 def _comparison(file: ExperimentFile, key: str, entry: Any, arms: Mapping[str, DistillConfig]) -> Question:
-    known = isinstance(entry, dict) and {"arm", "control"} <= entry.keys() <= {"arm", "control", "margin"}
-    pair = [name for name in arms if name in (entry["arm"], entry["control"])] if known else []
-    if len(pair) != 2:
-        raise file.refuse(key, f"a different arm and control from {', '.join(arms)}", entry)
+    if not (isinstance(entry, dict) and {"arm", "control"} <= entry.keys() <= {"arm", "control", "margin"}):
+        raise file.refuse(key, "arm and control, and at most a margin", entry)
+    for side in ("arm", "control"):
+        if entry[side] not in list(arms):
+            raise file.refuse(f"{key}.{side}", " or ".join(arms), repr(entry[side]))
+    pair = (entry["arm"], entry["control"])
+    if pair[0] == pair[1]:
+        raise file.refuse(key, "two different arms", f"{pair[0]} twice")
     margin = entry.get("margin")
     for name in SHARED:
         if len(found := {str(getattr(arms[arm], name)) for arm in pair}) > 1:
             raise file.refuse(f"{key}: {name}", f"the same for {' and '.join(pair)}", " and ".join(sorted(found)))
     if margin is not None and not (type(margin) in (int, float) and 0 < margin < float("inf")):
-        raise file.refuse(f"{key}.margin", "a margin above 0", margin)
+        raise file.refuse(f"{key}.margin", "a finite number above 0", repr(margin))
     return Question(entry["arm"], entry["control"], margin)
 
 

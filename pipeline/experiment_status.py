@@ -8,18 +8,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from ..kvcache.errors import ConfigError
 from ..kvcache.lock import is_held
-from .callbacks import read_metrics
 from .experiment_config import ExperimentConfig
 from .run_directory import RunDirectory
-from .run_process import failure
+from .run_log import failure
 
-RunState = Literal["finished", "running", "failed", "waiting"]
+RunState = Literal["finished", "running", "failed", "waiting", "damaged"]
 
 
 @dataclass(frozen=True)
 class RunStatus:
-    """One run: its state, and of a running one its progress, of a failed one its error.
+    """One run: its state, and of a running one its progress, of a failed or damaged one its error.
     `seconds` is how long a finished one took."""
 
     name: str
@@ -44,7 +44,11 @@ def seconds_left(runs: Sequence[RunStatus]) -> float | None:
 def _status(path: Path) -> RunStatus:
     # A run that ends in between has its record before it gives its marker back: the marker is looked at first.
     run, running = RunDirectory(path), is_held(path)
-    if (record := run.read_record()) is not None:
+    try:
+        record = run.read_record()
+    except ConfigError as error:
+        return RunStatus(path.name, "damaged", str(error))
+    if record is not None:
         return RunStatus(path.name, "finished", seconds=float(record["seconds"]["total"]))
     if running:
         return RunStatus(path.name, "running", progress_of(run))
@@ -57,7 +61,7 @@ def progress_of(run: RunDirectory) -> str:
     it begins. Empty before."""
     logs: list[dict[str, Any]] = []
     with suppress(OSError, ValueError):
-        logs = [entry for entry in read_metrics(run.metrics) if "loss" in entry]
+        logs = [entry for entry in run.read_metrics() if "loss" in entry]
     if not logs:
         return ""
     losses = "".join(f" · {part} {logs[-1][part]:.3f}" for part in ("ce", "kv") if part in logs[-1])

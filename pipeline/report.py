@@ -74,7 +74,9 @@ def sentence(comparison: Comparison) -> str:
     c = comparison
     over = "over seeds" if math.isnan(c.crossed_low) else "over seeds and samples"
     low, high = c.headline
-    seeds = f"{c.num_seeds} paired seeds" + (f" of {c.num_seeds + len(c.missing_seeds)}" if c.missing_seeds else "")
+    seeds = f"{c.num_seeds} paired seed{'s' if c.num_seeds != 1 else ''}" + (
+        f" of {c.num_seeds + len(c.missing_seeds)}" if c.missing_seeds else ""
+    )
     numbers = (
         f"difference in {c.metric} {number(c.mean_difference)}, {c.confidence:.0%} CI {over} {number(low)} to "
         f"{number(high)}, {_deciding_p(c)}, {seeds}"

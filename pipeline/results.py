@@ -13,7 +13,6 @@ import numpy as np
 from ..kvcache.errors import ConfigError
 from ..kvcache.store import KVStore
 from ..kvcache.summary import summarise
-from .callbacks import read_metrics
 from .claims import Claim, claims
 from .declaration import changed_since, declaration
 from .experiment import ExperimentRuns
@@ -134,7 +133,7 @@ def _metrics(config: ExperimentConfig) -> list[str]:
 
 
 def _run_result(name: str, arm: str, seed: int, record: dict[str, Any], runs_dir: Path) -> RunResult:
-    logs = read_metrics(runs_dir / name / "metrics.jsonl")
+    logs = RunDirectory(runs_dir / name).read_metrics()
     curve = [(int(entry["step"]), float(entry["eval_ce"])) for entry in logs if "eval_ce" in entry]
     scores = {metric: value for metric, value in record["metrics"].items() if value is not None}
     if not curve or curve[-1][0] < record["steps"]:

@@ -38,6 +38,12 @@ class RunDirectory:
         self.layer_map = path / "layer_map.json"
         self.checkpoints = path / "checkpoints"
 
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """The lines of `metrics.jsonl`; one that is still being written does not count."""
+        if not self.metrics.exists():
+            return []
+        return [json.loads(line) for line in self.metrics.read_text().split("\n")[:-1]]
+
     def read_record(self) -> dict[str, Any] | None:
         """`run.json`, or None while the run is not finished. Raises ConfigError where it is damaged, or the curve or
         the predictions are."""

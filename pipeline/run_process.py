@@ -20,9 +20,7 @@ from ..data.errors import DataError
 from ..kvcache.errors import KVPipeError
 from .config import DistillConfig
 from .distill import distill
-
-FAILED = "Error: "
-"""Begins the last line of the log of a run that failed."""
+from .run_log import FAILED, failure, log_path
 
 
 class RunProcess:
@@ -56,20 +54,6 @@ class RunProcess:
     @property
     def said(self) -> str:
         return failure(self._run_dir) or f"exit code {self.poll()} without a word"
-
-
-def log_path(run_dir: Path) -> Path:
-    """Beside the run's folder: what its process wrote."""
-    return run_dir.with_name(f"{run_dir.name}.log")
-
-
-def failure(run_dir: Path) -> str:
-    """The error that ended a run, from the last line of its log; empty where it was interrupted, or goes on."""
-    try:
-        lines = log_path(run_dir).read_text(errors="replace").strip().splitlines()
-    except FileNotFoundError:
-        return ""
-    return lines[-1].removeprefix(FAILED) if lines and lines[-1].startswith(FAILED) else ""
 
 
 @cache

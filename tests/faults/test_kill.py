@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 from kvpipe.kvcache.store import KVStore
-from kvpipe.pipeline.callbacks import read_metrics
+from kvpipe.pipeline.run_directory import RunDirectory
 
 from .conftest import EXTRACT, Commands, Tally, contents
 
@@ -86,7 +86,7 @@ def test_a_distillation_killed_anywhere_ends_with_the_same_weights(
 
 def curve(folder: Path) -> list[dict[str, Any]]:
     """The evaluations. (The losses between are means over the steps since the start of the process.)"""
-    return [line for line in read_metrics(folder / "run" / "metrics.jsonl") if "eval_ce" in line]
+    return [line for line in RunDirectory(folder / "run").read_metrics() if "eval_ce" in line]
 
 
 EXPERIMENT = """

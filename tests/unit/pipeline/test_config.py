@@ -172,9 +172,9 @@ def test_a_shuffled_control_needs_kv_to_shuffle() -> None:
         ("batch_size", 2.0, "int"),
         ("batch_size", True, "int"),
         ("seed", "0", "int"),
-        ("samples", 1.5, "int or NoneType"),
-        ("samples", False, "int or NoneType"),
-        ("aligner_learning_rate", "auto", "float or NoneType"),
+        ("samples", 1.5, "int"),
+        ("samples", False, "int"),
+        ("aligner_learning_rate", "auto", "float"),
         ("on_collapse", [], "stop or warn"),
     ],
 )

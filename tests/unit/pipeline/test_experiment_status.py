@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from kvpipe.kvcache.lock import lock_path, only_writer
 from kvpipe.pipeline.experiment_status import RunStatus, experiment_status, seconds_left
-from kvpipe.pipeline.run_process import log_path
+from kvpipe.pipeline.run_log import log_path
 
 ARMS = {"none": 0.9, "flat": 0.4}
 
