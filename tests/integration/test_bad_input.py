@@ -155,7 +155,9 @@ DISTILL_CASES = {
     "inspect a folder": Case(["inspect", "folder"], ("found a folder without zarr.json",)),
     "no experiment": Case(["experiment", "run", "no.toml"], ("no experiment file at no.toml", "expected a .toml file")),
     "jobs 0": Case(["experiment", "run", "sound.toml", "--jobs", 0], ("expected at least 1, found 0", "--jobs")),
-    "experiment arm": Case(["experiment", "run", "arm.toml"], ("arm.toml, line 15: comparisons.0", "nosuch")),
+    "experiment arm": Case(
+        ["experiment", "run", "arm.toml"], ("arm.toml, line 16: comparisons.0.arm: expected flat or none", "nosuch")
+    ),
     "experiment mode": Case(["experiment", "run", "mode.toml"], ("mode.toml, line 14: arms.none.mode", "nosuch")),
     "experiment samples": Case(["experiment", "run", "samples.toml"], ("line 8: extract.samples", "found 'many'")),
     "experiment seeds": Case(["experiment", "run", "seeds.toml"], ("seeds.toml, line 5: seeds", "found [1, 1]")),
