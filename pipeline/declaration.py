@@ -9,6 +9,7 @@ from typing import Any
 
 from ..kvcache.files import write_atomic
 from .experiment_config import ExperimentConfig
+from .reading import reading
 
 
 def declaration(config: ExperimentConfig) -> dict[str, Any]:
@@ -30,11 +31,13 @@ def declare(config: ExperimentConfig, runs_dir: Path) -> None:
 
 
 def changed_since(config: ExperimentConfig, runs_dir: Path) -> list[str] | None:
-    """What the file says otherwise than it did before the first run was finished; None where nobody kept that."""
-    try:
-        kept = json.loads(_path(runs_dir).read_bytes())
-    except FileNotFoundError:
+    """What the file says otherwise than it did before the first run was finished; None where nobody kept that. Raises
+    ConfigError for a file that is no declaration."""
+    path = _path(runs_dir)
+    if not path.exists():
         return None
+    with reading(path, "Put it back, or delete it: reports then cannot say what was asked first"):
+        kept = dict(json.loads(path.read_bytes()))
     return [name for name, said in declaration(config).items() if kept.get(name) != said]
 
 

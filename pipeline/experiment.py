@@ -98,9 +98,9 @@ def finished_runs(config: ExperimentConfig, runs_dir: Path) -> ExperimentRuns:
     """What is there already, without running anything. Raises StoreError for an incomplete store, ConfigError for
     held-out text that is in the training text, and where a folder holds another run than the file's."""
     stores = {extraction.store: KVStore.open(extraction.store) for extraction in config.extractions}
-    _require_disjoint_splits(stores.values())
     for store in stores.values():
         store.require_complete()
+    _require_disjoint_splits(stores.values())
     for run in config.runs:
         _is_finished(runs_dir / run.name, run.recipe, stores[run.store])
     records = _records(config, runs_dir)

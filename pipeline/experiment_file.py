@@ -90,12 +90,11 @@ def _override(document: dict[str, Any], override: str) -> str:
     """Put `table.key=value` into the document, and return the key; a value that is not TOML is taken as text."""
     dotted, equals, text = override.partition("=")
     *tables, key = dotted.split(".")
-    for depth, name in enumerate(tables):
-        # A table within a table is an arm or a store: a typo must not make another.
-        if not isinstance(document, dict) or (depth and name not in document):
-            equals = ""
-            break
-        document = document.setdefault(name, {})
+    if tables:
+        # [base] may be missing; an arm or a store may not, or a typo would make another.
+        document.setdefault(tables[0], {})
+    for name in tables:
+        document = document.get(name) if isinstance(document, dict) else None  # type: ignore[assignment]
     if not equals or not isinstance(document, dict):
         raise ConfigError("no such override", expected="TABLE.KEY=VALUE", found=override, remedy="Mend --set")
     try:

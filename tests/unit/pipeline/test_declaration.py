@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import pytest
+from kvpipe.kvcache.errors import ConfigError
 from kvpipe.pipeline.declaration import changed_since, declare
 from kvpipe.pipeline.report import write_report
 from kvpipe.pipeline.results import collect
@@ -24,6 +26,14 @@ def test_what_a_file_changes_after_the_first_run_is_named(make_experiment: Calla
     assert changed_since(other, runs_dir) == ["primary_metric", "greater_is_better"]
     wider = replace(config, comparisons=(Question("flat", "none", 0.1),))
     assert changed_since(wider, runs_dir) == ["comparisons"]
+
+
+@pytest.mark.parametrize("text", ["", "[1", "[1]", "3", "null", "[" * 100_000])
+def test_a_damaged_declaration_is_named(make_experiment: Callable[..., Any], text: str) -> None:
+    finished = make_experiment(ARMS)
+    (finished.runs_dir / "declaration.json").write_text(text)
+    with pytest.raises(ConfigError, match=r"declaration\.json is damaged: .* Put it back, or delete it"):
+        changed_since(finished.config, finished.runs_dir)
 
 
 def test_a_report_says_whether_its_questions_came_first(make_experiment: Callable[..., Any]) -> None:

@@ -40,6 +40,15 @@ def test_runs_are_finished_running_failed_or_waiting(make_experiment: Callable[.
     assert experiment_status(finished.config, runs)[3].state == "waiting"
 
 
+def test_a_damaged_run_hides_none_of_the_others(make_experiment: Callable[..., Any]) -> None:
+    finished = make_experiment(ARMS, seeds=1)
+    record = finished.runs_dir / "none-seed0" / "run.json"
+    record.write_text(record.read_text().replace("0.9", "0.1", 1))
+    damaged, other = experiment_status(finished.config, finished.runs_dir)
+    assert (damaged.state, other.state) == ("damaged", "finished")
+    assert "none-seed0 is damaged" in damaged.said
+
+
 @pytest.mark.parametrize(("holder", "held"), [("999999999", False), ("not a number", False), ("1", True)])
 def test_a_run_goes_on_where_its_process_lives(make_experiment: Callable[..., Any], holder: str, held: bool) -> None:
     finished = make_experiment(ARMS, seeds=1, without={"flat-seed0": "missing"})
