@@ -20,7 +20,7 @@ import torch
 from kvpipe.kvcache.store import KVStore
 from kvpipe.pipeline.extract import extract
 from kvpipe.pipeline.extract_config import ExtractConfig
-from kvpipe.pipeline.models import load_teacher, resolve_device, resolve_dtype
+from kvpipe.pipeline.models import in_fast_arithmetic, load_teacher, resolve_device, resolve_dtype
 from kvpipe.pipeline.teacher_pass import plan_batches, plan_windows
 from side_by_side import HEADER, Ratio, alternate, quiet, ratio
 
@@ -65,7 +65,7 @@ def _extraction(config: ExtractConfig) -> Callable[[], float]:
 
 def _bare_forward(config: ExtractConfig) -> Callable[[], float]:
     device = resolve_device(config.device)
-    teacher = load_teacher(config.model, dtype=resolve_dtype(config.dtype), device=device)
+    teacher = in_fast_arithmetic(load_teacher(config.model, dtype=resolve_dtype(config.dtype), device=device))
 
     @torch.inference_mode()
     def run() -> float:

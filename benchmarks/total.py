@@ -20,7 +20,7 @@ from kvpipe.pipeline.config import DistillConfig
 from kvpipe.pipeline.distill import distill
 from kvpipe.pipeline.extract import extract
 from kvpipe.pipeline.extract_config import ExtractConfig
-from kvpipe.pipeline.models import load_teacher
+from kvpipe.pipeline.models import in_fast_arithmetic, load_teacher
 from kvpipe.pipeline.student_text import StudentText
 from kvpipe.pipeline.teacher_pass import capture_kv
 from kvpipe.pipeline.training_data import Batch, KVDataset
@@ -37,7 +37,8 @@ class LiveTeacherDataset(KVDataset):
     def __init__(self, store: KVStore, text: StudentText, *, with_kv: bool, **options: Any) -> None:
         super().__init__(store, text, with_kv=with_kv, **options)
         if LiveTeacherDataset.teacher is None:
-            LiveTeacherDataset.teacher = load_teacher("qwen", dtype="auto", device=torch.device("cpu"))
+            teacher = load_teacher("qwen", dtype="auto", device=torch.device("cpu"))
+            LiveTeacherDataset.teacher = in_fast_arithmetic(teacher)
 
     @torch.no_grad()  # not inference mode: the aligner's backward needs these tensors
     def __getitems__(self, indices: Sequence[int]) -> Batch:

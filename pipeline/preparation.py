@@ -20,7 +20,7 @@ from ..kvcache.create import TOKEN_BLOCK, SampleTable
 from ..kvcache.errors import ConfigError, ModelError
 from ..kvcache.evict import NONE, kept_lengths, require_eviction, require_reachable
 from ..kvcache.layers import select_layers
-from ..kvcache.layout import KVGeometry, dtype_name
+from ..kvcache.layout import LOGICAL_DTYPES, KVGeometry, dtype_name
 from ..kvcache.manifest import (
     SCHEMA_VERSION,
     DatasetIdentity,
@@ -34,7 +34,14 @@ from ..kvcache.manifest import (
 from ..kvcache.queries import recorded_queries
 from ..kvcache.rope import rope_parameters
 from .extract_config import ExtractConfig
-from .models import builtin_teachers, load_teacher, load_tokenizer, resolve_device, resolve_dtype
+from .models import (
+    builtin_teachers,
+    in_fast_arithmetic,
+    load_teacher,
+    load_tokenizer,
+    resolve_device,
+    resolve_dtype,
+)
 from .teacher_pass import capture_kv, eligible_tokens, needs_queries
 
 DEFAULT_MAX_TOKENS = 1024
@@ -96,6 +103,8 @@ def prepare(config: ExtractConfig) -> Prepared:
     manifest = _manifest(config, teacher, tokenizer, corpus, max_tokens)
     longest = max(int(eligible_tokens(t.segment_ids, manifest.segments).sum()) for t in tokens)
     require_reachable(config.budget, longest)
+    # Weights and dtype are in the manifest as they came.
+    teacher = in_fast_arithmetic(teacher)
     return Prepared(corpus, tokenizer, teacher, tokens, manifest, *_probe(teacher, tokens[0], manifest))
 
 
@@ -188,11 +197,11 @@ def _manifest(
 
 @torch.inference_mode()
 def _probe(teacher: PreTrainedModel, sample: TokenizedSample, manifest: Manifest) -> tuple[KVGeometry, int]:
-    """Heads, channels and dtype of the KV as they are, not as the config says: head_dim is often its own. And the heads
-    of the queries, if any are needed; raises ModelError where they cannot be seen."""
+    """Heads and channels of the KV as they are, not as the config says: head_dim is often its own. And the heads of the
+    queries, if any are needed; raises ModelError where they cannot be seen."""
     ids = torch.from_numpy(sample.input_ids[:2].astype(np.int64))[None].to(teacher.device)
     with recorded_queries(teacher, layers=manifest.layers) if needs_queries(manifest) else nullcontext() as queries:
         pairs = capture_kv(teacher, ids, torch.ones_like(ids))
     _, num_kv_heads, _, head_dim = pairs[0][0].shape
     query_heads = max((query.shape[1] for query in (queries or {}).values()), default=0)
-    return KVGeometry(len(pairs), num_kv_heads, head_dim, pairs[0][0].dtype), query_heads
+    return KVGeometry(len(pairs), num_kv_heads, head_dim, LOGICAL_DTYPES[manifest.dtype]), query_heads

@@ -13,7 +13,7 @@ from ..kvcache.lock import only_writer
 from ..kvcache.manifest import hash_config, hash_weights
 from ..kvcache.store import KVStore
 from ..kvcache.verify import Damage, require_side_arrays, verify_shards
-from .models import builtin_teachers, load_teacher, resolve_device
+from .models import builtin_teachers, in_fast_arithmetic, load_teacher, resolve_device
 from .progress import progress_bar
 from .ranks import require_one_process
 from .teacher_pass import run_teacher
@@ -51,6 +51,7 @@ def repair(
             trust_remote_code=trust_remote_code,
         )
         _require_same_teacher(store, hash_config(teacher.config), hash_weights(teacher.state_dict().items()))
+        teacher = in_fast_arithmetic(teacher)
         for damage in damages:
             _make_way(store, damage.shard)
         run_teacher(store, teacher, batch_size or store.extraction["batch_size"], bar)

@@ -99,8 +99,10 @@ def _forward(
     places = None if store.manifest.queries else window
     with recorded_queries(teacher, places, layers) if needs_queries(store.manifest) else nullcontext() as recorded:
         every_layer = capture_kv(teacher, ids, mask)
-    queries = None if recorded is None else [recorded[layer] for layer in layers]
-    return [every_layer[layer] for layer in layers], queries
+    # The teacher may compute in more bits than are kept.
+    queries = None if recorded is None else [recorded[layer].to(store.dtype) for layer in layers]
+    pairs = [(key.to(store.dtype), value.to(store.dtype)) for key, value in (every_layer[layer] for layer in layers)]
+    return pairs, queries
 
 
 def needs_queries(manifest: Manifest) -> bool:

@@ -35,6 +35,23 @@ def seen_tokens(config: PreTrainedConfig, layer: int, length: int) -> Tensor:
     return (behind >= 0) & (behind < (window or length))
 
 
+def test_a_teacher_that_computes_in_float32_is_rounded_once(
+    make_store: Callable[..., tuple[KVStore, Any]], tiny_model: PreTrainedModel
+) -> None:
+    model = tiny_model.float()
+    heads = getattr(model.config, "num_key_value_heads", None) or 4
+    shape = {"num_layers": 3, "num_kv_heads": heads, "head_dim": getattr(model.config, "head_dim", None) or 8}
+    exact, rounded = (
+        make_store(LENGTHS, dtype=dtype, query_heads=4, fill=False, **shape)[0]
+        for dtype in (torch.float32, torch.bfloat16)
+    )
+    for store in (exact, rounded):
+        run_teacher(store, model, 2, Progress(disable=True))
+    of_float32, of_bfloat16 = KVReader(exact), KVReader(rounded)
+    assert torch.equal(of_bfloat16.read(range(4)), of_float32.read(range(4)).bfloat16())
+    assert torch.equal(of_bfloat16.read_queries(range(4)), of_float32.read_queries(range(4)).bfloat16())
+
+
 def test_stored_queries_and_keys_give_the_attention_of_every_layer(
     make_store: Callable[..., tuple[KVStore, Any]], tiny_model: PreTrainedModel
 ) -> None:
