@@ -45,7 +45,7 @@ def run_experiment(
     config: ExperimentConfig, runs_dir: Path, jobs: int | None = None, report_to: Sequence[str] = ()
 ) -> ExperimentRuns:
     """Extract what is not complete, then run what is missing, `jobs` at a time: by default one a core, or
-    one on a GPU. Cores are shared out evenly, so that no run's arithmetic depends on its neighbours.
+    one on a GPU. Cores are shared out evenly, and every run keeps to its own: none depends on its neighbours.
 
     A failed run is reported, not raised: the others go on. Raises ConfigError for `jobs` below one, for a tracker that
     is not installed, for held-out text that is in the training text, StoreError where another process runs the same
@@ -55,7 +55,7 @@ def run_experiment(
     require_trackers(report_to)
     on_gpu = resolve_device(config.extract.device).type == "cuda"
     if jobs is None:
-        jobs = 1 if on_gpu else _cores()
+        jobs = 1 if on_gpu else len(_cores())
     if jobs < 1:
         raise ConfigError("no such number of jobs", expected="at least 1", found=jobs, remedy="Mend --jobs")
     with only_writer(runs_dir):
@@ -74,24 +74,29 @@ def _run(
     if len(waiting) == len(config.runs):
         declare(config, runs_dir)
     ran = len(waiting)
-    threads = max(1, _cores() // jobs)
     start = time.perf_counter()
-    with progress_bar() as bar, _Grid(config, len(waiting), bar) as grid:
+    with progress_bar() as bar, _Grid(config, len(waiting), bar, shares_of_cores(_cores(), jobs)) as grid:
         while waiting or grid.active:
-            while waiting and len(grid.active) < jobs:
+            while waiting and grid.free:
                 run = waiting.pop(0)
-                path = runs_dir / run.name
+                path, cores = runs_dir / run.name, grid.free.pop(0)
                 device = config.extract.device
-                process = RunProcess(run.recipe, run.store, path, device=device, threads=threads, report_to=report_to)
-                grid.add(path, process)
+                grid.add(path, RunProcess(run.recipe, run.store, path, device=device, cores=cores, report_to=report_to))
             time.sleep(POLL_SECONDS)
             grid.poll()
     return ExperimentRuns(_records(config, runs_dir), grid.failures, time.perf_counter() - start if ran else 0.0)
 
 
-def _cores() -> int:
-    """How many this process may use: a batch system often gives it fewer than the machine has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def _cores() -> list[int]:
+    """Those this process may use: a batch system often gives it fewer than the machine has."""
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+
+
+def shares_of_cores(cores: Sequence[int], jobs: int) -> list[list[int]]:
+    """Equally many for every job, as arithmetic depends on their number; each its own, unless there are more jobs than
+    cores."""
+    size = max(1, len(cores) // jobs)
+    return [[cores[(job * size + place) % len(cores)] for place in range(size)] for job in range(jobs)]
 
 
 def finished_runs(config: ExperimentConfig, runs_dir: Path) -> ExperimentRuns:
@@ -135,10 +140,12 @@ class _ActiveRun:
 
 
 class _Grid:
-    """The runs that go on now, each with its bar, under one bar for all. No run outlives the context."""
+    """The runs that go on now, each with its bar, under one bar for all; `free` are the shares of the cores that none
+    of them uses. No run outlives the context."""
 
-    def __init__(self, config: ExperimentConfig, waiting: int, bar: Progress) -> None:
+    def __init__(self, config: ExperimentConfig, waiting: int, bar: Progress, free: list[list[int]]) -> None:
         self.active: list[_ActiveRun] = []
+        self.free = free
         self.failures: dict[str, str] = {}
         self._bar = bar
         self._total = len(config.runs)
@@ -163,6 +170,7 @@ class _Grid:
             self._show(run)
             if (exit_code := run.process.poll()) is not None:
                 self.active.remove(run)
+                self.free.append(run.process.cores)
                 self._bar.remove_task(run.task)
                 self._done += 1
                 self._show_total()

@@ -24,7 +24,8 @@ from .run_log import FAILED, failure, log_path
 
 
 class RunProcess:
-    """A started `distill`. `poll` tells when it is over; `said` is the error that ended it."""
+    """A started `distill`, which keeps to some `cores`, by number, with a thread for each. `poll` tells when it is
+    over; `said` is the error that ended it."""
 
     def __init__(
         self,
@@ -33,12 +34,13 @@ class RunProcess:
         run_dir: Path,
         *,
         device: str,
-        threads: int,
+        cores: list[int],
         report_to: Sequence[str] = (),
     ) -> None:
+        self.cores = cores
         self._run_dir = run_dir
         run_dir.parent.mkdir(parents=True, exist_ok=True)
-        arguments = (config, store, run_dir, device, threads, report_to)
+        arguments = (config, store, run_dir, device, cores, report_to)
         self._process: BaseProcess = _context().Process(target=_run, args=arguments, daemon=True)
         self._process.start()
 
@@ -65,7 +67,7 @@ def _context() -> ForkServerContext:
 
 
 def _run(
-    config: DistillConfig, store: Path, run_dir: Path, device: str, threads: int, report_to: Sequence[str]
+    config: DistillConfig, store: Path, run_dir: Path, device: str, cores: list[int], report_to: Sequence[str]
 ) -> None:
     with log_path(run_dir).open("wb") as output:
         os.dup2(output.fileno(), 1)
@@ -73,7 +75,9 @@ def _run(
     # Ctrl-C reaches every process of a terminal: it is the experiment that stops its runs.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    torch.set_num_threads(threads)
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, cores)
+    torch.set_num_threads(len(cores))
     try:
         distill(config, store, run_dir, device=device, report_to=report_to)
     except (KVPipeError, DataError, OSError) as error:

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
+import time
 from pathlib import Path
 from typing import Any
 
+import pytest
+from kvpipe.pipeline.config import DistillConfig
+from kvpipe.pipeline.run_process import RunProcess
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 EXPERIMENT = """
@@ -181,3 +187,16 @@ def test_held_out_text_that_is_in_the_training_text_stops_an_experiment(
     refused = kvpipe("experiment", "run", "tiny.toml", cwd=tmp_path, code=2)
     assert "and train overlap: expected no" in refused.stderr
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system pins no process to cores")
+def test_a_run_keeps_to_its_cores(store: Path, tmp_path: Path) -> None:
+    core = max(os.sched_getaffinity(0))
+    before = {child.pid for child in multiprocessing.active_children()}
+    run = RunProcess(DistillConfig(max_steps=10**6), store, tmp_path / "runs" / "x", device="cpu", cores=[core])
+    (pid,) = {child.pid for child in multiprocessing.active_children()} - before
+    assert pid is not None
+    while run.poll() is None and os.sched_getaffinity(pid) != {core}:
+        time.sleep(0.1)
+    assert run.poll() is None
+    run.stop()
