@@ -46,8 +46,8 @@ typecheck: $(INSTALLED) ## mypy, strict
 
 check: lint typecheck test ## all of it
 
-builtin-teacher: $(INSTALLED) ## train the built-in teacher again
-	$(BIN)/python -m kvpipe.pipeline.builtin_teacher
+builtin-teacher: $(INSTALLED) ## train a built-in teacher again: make builtin-teacher TEACHER=qwen
+	$(BIN)/python -m kvpipe.pipeline.builtin_teacher $(or $(TEACHER),qwen)
 
 bench: $(INSTALLED) ## all benchmarks, as ratios
 	$(BIN)/python benchmarks/run_all.py

@@ -14,6 +14,9 @@ from .errors import DataError
 from .sample import ANSWER_MARK, Sample
 
 BUILTIN_DATASET = "word-problems"
+BUILTIN_DATASETS: dict[str, word_problems.Style] = {BUILTIN_DATASET: "short", "word-problems-long": "long"}
+"""The same problems, in two styles of reasoning."""
+
 BUILTIN_TRAIN_SAMPLES = 4000
 HELD_OUT = ("validation", "test")
 FIELDS = "prompt (with reasoning and answer), question and answer, or text"
@@ -37,9 +40,10 @@ def load_corpus(dataset: str, num_train: int | None, num_held_out: int, seed: in
     if (num_train is not None and num_train < 1) or num_held_out < 1:
         option, found = ("--eval-samples", num_held_out) if num_held_out < 1 else ("--samples", num_train)
         raise DataError(f"{option}: expected at least 1, found {found}")
-    if dataset == BUILTIN_DATASET:
+    if dataset in BUILTIN_DATASETS:
         sizes = {"train": num_train or BUILTIN_TRAIN_SAMPLES, **dict.fromkeys(HELD_OUT, num_held_out)}
-        return Corpus(dataset, {s: list(word_problems.generate(s, n, seed)) for s, n in sizes.items()})
+        style = BUILTIN_DATASETS[dataset]
+        return Corpus(dataset, {s: list(word_problems.generate(s, n, seed, style)) for s, n in sizes.items()})
     samples = read_jsonl(Path(dataset)) if dataset.endswith(".jsonl") else _read_hub(dataset)
     return Corpus(Path(dataset).stem, _split(samples, num_train, num_held_out, dataset))
 
@@ -119,14 +123,15 @@ def _read_hub(name: str) -> list[Sample]:
         from datasets import load_dataset
     except ImportError as error:
         raise DataError(
-            f"{name!r}: expected {BUILTIN_DATASET}, a .jsonl path, or a Hub data set, which needs "
+            f"{name!r}: expected {', '.join(BUILTIN_DATASETS)}, a .jsonl path, or a Hub data set, which needs "
             "`pip install kvpipe[hub]`, found no such package"
         ) from error
     try:
         rows: Iterable[Any] = load_dataset(name, split="train")
     except (OSError, ValueError) as error:
         raise DataError(
-            f"{name!r}: expected {BUILTIN_DATASET}, a .jsonl path or a reachable Hub data set, found {error}"
+            f"{name!r}: expected {', '.join(BUILTIN_DATASETS)}, a .jsonl path or a reachable Hub data set, found "
+            f"{error}"
         ) from error
     return [parse_row(row, f"{name}, row {i}", f"{name}/{i:06d}") for i, row in enumerate(rows)]
 

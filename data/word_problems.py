@@ -1,8 +1,9 @@
 """Multi-step arithmetic word problems, generated: unlimited samples with no download.
 
 A story starts with a number of things and changes it one sentence at a time; each sentence is one
-calculation of the reasoning. Some sentences happen to the person in the story ("He buys 7 more."), others
-hand the story over to a second person ("Mia has 7 fewer than Tom."), so a reader must follow who has what.
+calculation of the reasoning, which is bare ("15+7=22.") or, in the long style, has words around it. Some sentences
+happen to the person in the story ("He buys 7 more."), others hand the story over to a second person ("Mia has 7 fewer
+than Tom."), so a reader must follow who has what.
 """
 
 from __future__ import annotations
@@ -12,8 +13,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import count
 from random import Random
+from typing import Literal
 
 from .sample import Sample
+
+Style = Literal["short", "long"]
+"""How much the reasoning says: the calculations alone, or who has how many after each of them as well."""
 
 # How many of every ten problems fall to each split, by the hash of the prompt.
 SPLIT_SHARES = {"train": 8, "validation": 1, "test": 1}
@@ -45,7 +50,8 @@ _QUESTIONS = (
 class _Operation:
     """One kind of calculation: its arithmetic, and the sentences that tell it.
 
-    `events` happen to `{who}` the story is about; after one of `comparisons` it is about `{friend}`.
+    `events` happen to `{who}` the story is about; after one of `comparisons` it is about `{friend}`. `words` say it in
+    the long style.
     """
 
     symbol: str
@@ -53,6 +59,7 @@ class _Operation:
     operands: Callable[[int], list[int]]
     events: tuple[str, ...]
     comparisons: tuple[str, ...]
+    words: str
 
 
 _OPERATIONS = (
@@ -67,6 +74,7 @@ _OPERATIONS = (
             "Then {n} more arrive.",
         ),
         comparisons=("{friend} has {n} more than {who}.",),
+        words="{n} more",
     ),
     _Operation(
         symbol="-",
@@ -74,6 +82,7 @@ _OPERATIONS = (
         operands=lambda value: list(range(2, min(_LARGEST_TERM, value - 1) + 1)),
         events=("{He} loses {n}.", "{He} sells {n}.", "{He} gives {friend} {n}.", "Then {n} get lost."),
         comparisons=("{friend} has {n} fewer than {who}.",),
+        words="{n} fewer",
     ),
     _Operation(
         symbol="*",
@@ -81,6 +90,7 @@ _OPERATIONS = (
         operands=lambda value: [n for n in _FACTORS if value * n <= LARGEST_RESULT],
         events=("The number grows {n} times.", "{He} makes it {n} times as many."),
         comparisons=("{friend} has {n} times as many as {who}.",),
+        words="{n} times as many",
     ),
     _Operation(
         symbol="/",
@@ -88,6 +98,7 @@ _OPERATIONS = (
         operands=lambda value: [n for n in _FACTORS if value % n == 0],
         events=("{He} makes {n} equal piles and keeps one.", "{He} keeps one of {n} equal parts."),
         comparisons=("{friend} gets one of {n} equal parts.",),
+        words="One of {n} equal parts",
     ),
 )
 
@@ -95,7 +106,7 @@ _OPERATIONS = (
 @dataclass(frozen=True)
 class _Problem:
     prompt: str
-    reasoning: str
+    reasoning: dict[Style, str]
     answer: str
 
 
@@ -111,6 +122,7 @@ class _Story:
         self._value = 0
         self._sentences: list[str] = []
         self._calculations: list[str] = []
+        self._explained: list[str] = []
 
     @property
     def steps(self) -> int:
@@ -120,12 +132,14 @@ class _Story:
         """Start with a number of things, without a calculation."""
         self._value = self._rng.randint(3, 60)
         self._say(self._rng.choice(_OPENINGS), n=self._value)
+        self._explain()
 
     def open_packed(self) -> None:
         """Start with some packs of things: the first step is a multiplication."""
         packs, size = self._rng.choice(_FACTORS), self._rng.randint(2, 11)
         self._say(self._rng.choice(_PACKED_OPENINGS), m=packs, n=size)
         self._calculate(packs, "*", size, packs * size)
+        self._explain(f"{packs} times {size}")
 
     def advance(self) -> None:
         """Add one sentence and its calculation, from the operations possible at the running value."""
@@ -138,11 +152,13 @@ class _Story:
         self._calculate(self._value, operation.symbol, n, operation.apply(self._value, n))
         if template in operation.comparisons:
             self._who = friend
+        self._explain(operation.words.format(n=n))
 
     def ask(self) -> _Problem:
         """End with the question."""
         self._say(self._rng.choice(_QUESTIONS))
-        return _Problem(" ".join(self._sentences), " ".join(self._calculations), str(self._value))
+        reasoning: dict[Style, str] = {"short": " ".join(self._calculations), "long": " ".join(self._explained)}
+        return _Problem(" ".join(self._sentences), reasoning, str(self._value))
 
     def _say(self, template: str, **fields: str | int) -> None:
         sentence = template.format(who=self._who, He=_PRONOUNS[self._who], things=self._things, **fields)
@@ -152,9 +168,14 @@ class _Story:
         self._calculations.append(f"{left}{symbol}{right}={result}.")
         self._value = result
 
+    def _explain(self, words: str = "") -> None:
+        """What the latest calculation was about, if there was one, and who has how many now."""
+        calculation = [f"{words}: {self._calculations[-1]}"] if words else []
+        self._explained += [*calculation, f"{self._who} has {self._value}."]
 
-def generate(split: str, num_samples: int, seed: int = 0) -> Iterator[Sample]:
-    """Yield `num_samples` different problems of a split, the same ones for the same seed.
+
+def generate(split: str, num_samples: int, seed: int = 0, style: Style = "short") -> Iterator[Sample]:
+    """Yield `num_samples` different problems of a split, the same ones for the same seed, whatever their style.
 
     A shorter run yields the beginning of a longer one. The prompt alone decides a problem's split, so
     no two splits share a prompt, whatever the seeds. Raises ValueError for an unknown split or a count
@@ -164,10 +185,10 @@ def generate(split: str, num_samples: int, seed: int = 0) -> Iterator[Sample]:
         raise ValueError(f"unknown split: expected one of {', '.join(SPLIT_SHARES)}, found {split!r}")
     if num_samples < 1:
         raise ValueError(f"num_samples: expected at least 1, found {num_samples}")
-    return _generate(split, num_samples, seed)
+    return _generate(split, num_samples, seed, style)
 
 
-def _generate(split: str, num_samples: int, seed: int) -> Iterator[Sample]:
+def _generate(split: str, num_samples: int, seed: int, style: Style) -> Iterator[Sample]:
     rng = Random(f"word-problems/{seed}")
     ids = (f"word-problems/{split}/{i:06d}" for i in count())
     seen: set[str] = set()
@@ -176,7 +197,7 @@ def _generate(split: str, num_samples: int, seed: int) -> Iterator[Sample]:
         if problem.prompt in seen or _split_of(problem.prompt) != split:
             continue
         seen.add(problem.prompt)
-        yield Sample(next(ids), problem.prompt, problem.reasoning, problem.answer)
+        yield Sample(next(ids), problem.prompt, problem.reasoning[style], problem.answer)
 
 
 def _tell(rng: Random) -> _Problem:

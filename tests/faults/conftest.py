@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 from kvpipe.data.word_problems import generate
-from kvpipe.pipeline.builtin_teacher import train_tokenizer
 from kvpipe.pipeline.models import tokenizer_files
+from kvpipe.pipeline.teacher_recipes import train_tokenizer
 
 from .hostile_reader import Reader
 

@@ -14,11 +14,11 @@ from kvpipe.kvcache.errors import DivergenceError, ModelError, StoreError
 from kvpipe.kvcache.reader import KVReader
 from kvpipe.kvcache.store import KVStore
 from kvpipe.kvcache.verify import verify_shards
-from kvpipe.pipeline.builtin_teacher import new_model, train_tokenizer
 from kvpipe.pipeline.config import DistillConfig
 from kvpipe.pipeline.distill import distill
 from kvpipe.pipeline.extract import extract
 from kvpipe.pipeline.extract_config import ExtractConfig
+from kvpipe.pipeline.teacher_recipes import new_model, train_tokenizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .conftest import Tally

@@ -22,10 +22,10 @@ from kvpipe.kvcache.reader import KVReader
 from kvpipe.kvcache.store import KVStore
 from kvpipe.kvcache.verify import verify_shards
 from kvpipe.kvcache.writer import ShardWriter
-from kvpipe.pipeline.builtin_teacher import train_tokenizer
 from kvpipe.pipeline.distill import EVAL_EVERY
 from kvpipe.pipeline.read_ahead import ReadAhead
 from kvpipe.pipeline.teacher_pass import MAX_OPEN_SHARDS
+from kvpipe.pipeline.teacher_recipes import train_tokenizer
 from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 

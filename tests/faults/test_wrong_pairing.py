@@ -29,11 +29,11 @@ from kvpipe.kvcache.manifest import (
 from kvpipe.kvcache.reader import KVReader
 from kvpipe.kvcache.store import KVStore
 from kvpipe.kvcache.verify import require_side_arrays, verify_shards
-from kvpipe.pipeline.builtin_teacher import new_model, train_tokenizer
 from kvpipe.pipeline.config import DistillConfig
 from kvpipe.pipeline.extract import extract
 from kvpipe.pipeline.extract_config import ExtractConfig
 from kvpipe.pipeline.run_directory import RunDirectory, run_identity
+from kvpipe.pipeline.teacher_recipes import new_model, train_tokenizer
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 from filelock import FileLock
 from kvpipe.data.word_problems import generate
-from kvpipe.pipeline.builtin_teacher import new_model, train_tokenizer
+from kvpipe.pipeline.teacher_recipes import new_model, train_tokenizer
 
 KVPIPE = Path(sysconfig.get_path("scripts")) / "kvpipe"
 MANY_COMMANDS = Path(__file__).with_name("many_commands.py")

@@ -91,7 +91,9 @@ EXTRACT_CASES = {
     "line 3 is bad": _extract("--dataset", "bad.jsonl", says=("bad.jsonl, line 3: expected a JSON object", "found")),
     "line 2 has no fields": _extract("--dataset", "odd.jsonl", says=("odd.jsonl, line 2: expected the fields", "cat")),
     "bytes": _extract("--dataset", "bytes.jsonl", says=("bytes.jsonl: expected UTF-8 text, found byte 0xff",)),
-    "unknown dataset": _extract("--dataset", "nosuch", says=("'nosuch': expected word-problems, a .jsonl path",)),
+    "unknown dataset": _extract(
+        "--dataset", "nosuch", says=("'nosuch': expected word-problems, word-problems-long, a .jsonl path",)
+    ),
     "below a file": _extract("--store", "file/new.zarr", says=("expected folders", "found the file", "--store")),
     "a file": _extract("--store", "file", says=("file is taken: expected a free place", "found a file", "--store")),
     "no store there": _extract(

@@ -64,6 +64,17 @@ def test_the_reasoning_uses_the_numbers_of_the_prompt_in_order(samples: list[Sam
         assert told == [steps[0][0], *(right for _, _, right, _ in steps)], sample.text
 
 
+def test_the_long_style_tells_the_same_story_in_more_words(samples: list[Sample]) -> None:
+    for short, long in zip(samples, generate("train", COUNT, style="long"), strict=True):
+        assert (long.id, long.prompt, long.answer) == (short.id, short.prompt, short.answer)
+        assert " ".join(found[0] for found in CALCULATION.finditer(long.reasoning)) == short.reasoning
+        assert re.findall(r"has (\d+)\.", long.reasoning)[-len(calculations(short)) :] == [
+            str(result) for *_, result in calculations(short)
+        ]
+        (asked,) = re.findall(r"(?:does|has) (\w+) ?(?:have|now)?\?$", long.prompt)
+        assert long.reasoning.endswith(f" {asked} has {long.answer}.")
+
+
 def test_numbers_stay_in_range(samples: list[Sample]) -> None:
     numbers = [n for s in samples for a, _, b, c in calculations(s) for n in (a, b, c)]
     assert min(numbers) >= 0
