@@ -14,7 +14,8 @@ Model = Annotated[
     str, typer.Option("--model", help="Teacher: a built-in name (`kvpipe models`), a folder or a Hub id.")
 ]
 DatasetName = Annotated[
-    str, typer.Option("--dataset", help="word-problems or word-problems-long (built in), a .jsonl file, or a Hub data set.")
+    str,
+    typer.Option("--dataset", help="word-problems, word-problems-long (built in), a .jsonl file, or a Hub data set."),
 ]
 Store = Annotated[Path | None, typer.Option("--store", help="Where the store goes. \\[default: stores/<model>.zarr]")]
 Samples = Annotated[
