@@ -29,7 +29,7 @@ test: $(INSTALLED) ## the quick test suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 test-faults: $(INSTALLED) ## the whole fault-injection suite, with its counts
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 tests/faults --faults full
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal tests/faults --faults full
 
 lint: $(INSTALLED) ## ruff: rules and format
 	$(BIN)/ruff check .

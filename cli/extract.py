@@ -33,6 +33,10 @@ def extract(
     ] = "64MB",
     revision: option.Revision = None,
     trust_remote_code: option.TrustRemoteCode = False,
+    reasoning: option.Reasoning = "dataset",
+    temperature: option.Temperature = 0.0,
+    max_new_tokens: option.MaxNewTokens = 256,
+    wrong_answers: option.WrongAnswers = "drop",
     seed: option.Seed = 0,
     on_nonfinite: Annotated[
         str, typer.Option(help="exclude a sample whose KV has NaN or infinity, or stop there.")
@@ -44,12 +48,15 @@ def extract(
     torchrun --nproc-per-node 8 --no-python kvpipe extract ...
     """
     options = locals()
+    from ..kvcache.writer import OnNonfinite
     from ..pipeline.extract import extract as run
+    from ..pipeline.extract_config import Reasoning, WrongAnswers
     from ..pipeline.ranks import is_main_process
-    from .parse import exclude_or_stop, size_in_bytes
+    from .parse import one_of, size_in_bytes
 
     options["max_shard_bytes"] = size_in_bytes(options.pop("max_shard_size"))
-    options["on_nonfinite"] = exclude_or_stop(on_nonfinite)
+    for name, words in (("on_nonfinite", OnNonfinite), ("reasoning", Reasoning), ("wrong_answers", WrongAnswers)):
+        options[name] = one_of(words, options[name], f"--{name.replace('_', '-')}")
     report = run(option.extract_config(**options))
     if is_main_process():
         _show(report)
@@ -68,6 +75,12 @@ def _show(report: ExtractReport) -> None:
         typer.echo(
             f"{excluded} of {store.num_samples} samples are excluded: the teacher's {what} is NaN or infinite in "
             f"{store.manifest.dtype}{scales}.",
+        )
+    if store.wrong_answers:
+        problems, dropped = store.manifest.dataset.num_samples, store.num_samples < store.manifest.dataset.num_samples
+        typer.echo(
+            f"{store.wrong_answers} of {problems} problems have another answer than the teacher gave"
+            f"{', and are left out' if dropped else ''} (--wrong-answers)."
         )
     if store.truncated:
         typer.echo(

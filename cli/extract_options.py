@@ -62,7 +62,19 @@ Queries = Annotated[
 ]
 Revision = Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit of a Hub model.")]
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Let a Hub model run its own code.")]
-Seed = Annotated[int, typer.Option("--seed", help="Seed of the built-in data set.")]
+Reasoning = Annotated[
+    str, typer.Option("--reasoning", help="dataset: as the data set has it; teacher: the teacher writes its own.")
+]
+Temperature = Annotated[
+    float, typer.Option("--temperature", help="With --reasoning teacher: 0 is greedy, else it is sampled by --seed.")
+]
+MaxNewTokens = Annotated[
+    int, typer.Option("--max-new-tokens", help="With --reasoning teacher: where the teacher is stopped.")
+]
+WrongAnswers = Annotated[
+    str, typer.Option("--wrong-answers", help="With --reasoning teacher: drop or keep what it answers wrong.")
+]
+Seed = Annotated[int, typer.Option("--seed", help="Seed of the built-in data set, and of sampled reasoning.")]
 
 
 def extract_config(

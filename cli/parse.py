@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Literal
+from typing import Any, get_args
 
 from ..kvcache.errors import ConfigError
 
@@ -39,10 +39,9 @@ def share_or_number(text: str | None) -> float | None:
     return float(text)
 
 
-def exclude_or_stop(word: str) -> Literal["exclude", "stop"]:
-    """The word itself, if it is one of the two."""
-    if word == "exclude":
-        return "exclude"
-    if word == "stop":
-        return "stop"
-    raise ConfigError("no such policy", expected="exclude or stop", found=word, remedy="Mend --on-nonfinite")
+def one_of(words: Any, word: str, option: str) -> Any:
+    """The word itself, if it is one of a Literal's."""
+    if word not in get_args(words):
+        expected = " or ".join(get_args(words))
+        raise ConfigError(f"{option} knows no such word", expected=expected, found=word, remedy=f"Mend {option}")
+    return word

@@ -67,8 +67,10 @@ def create_store(
     tokenizer_files: Mapping[str, bytes],
     truncated: int,
     samples_per_shard: int,
+    wrong_answers: int = 0,
 ) -> KVStore:
-    """An empty store. It appears at `path` whole or not at all.
+    """An empty store. It appears at `path` whole or not at all. `truncated` samples were cut, and of those that the
+    teacher wrote the reasoning of it answered `wrong_answers` wrong.
 
     Raises ConfigError for a codec that is unknown or cannot hold this geometry.
     """
@@ -87,6 +89,7 @@ def create_store(
                     "kvpipe_version": version("kvpipe"),
                     "split_names": list(table.split_names),
                     "truncated_samples": truncated,
+                    "wrong_answers": wrong_answers,
                     "tokenizer_files": list(tokenizer_files),
                     "checksums": checksums,
                     "metadata": metadata_checksums(building),

@@ -30,7 +30,7 @@ class TeacherIdentity:
 
 @dataclass(frozen=True)
 class DatasetIdentity:
-    """Which samples, in which order, in which split."""
+    """Which samples, in which order, in which split: as the data set has them, whoever wrote the reasoning then."""
 
     name: str
     num_samples: int
@@ -45,6 +45,7 @@ class Manifest:
     teacher: TeacherIdentity
     tokenizer_hash: str
     dataset: DatasetIdentity
+    reasoning: str
     dtype: str
     codec: str
     layers: tuple[int, ...]

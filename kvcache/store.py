@@ -41,6 +41,7 @@ class KVStore:
         self.manifest = Manifest.from_dict(attributes["manifest"])
         self.kvpipe_version: str = attributes["kvpipe_version"]
         self.truncated: int = attributes["truncated_samples"]
+        self.wrong_answers: int = attributes["wrong_answers"]
         self.split_names: tuple[str, ...] = tuple(map(str, attributes["split_names"]))
         self._tokenizer_names: list[str] = list(map(str, attributes["tokenizer_files"]))
         self.codec = require_codec(self.manifest.codec)

@@ -23,6 +23,7 @@ def summarise(store: KVStore) -> dict[str, Any]:
         "tokens_kept": int(store.kv_length.sum()),
         "truncated_samples": store.truncated,
         "excluded_samples": len(store.excluded),
+        "wrong_answers": store.wrong_answers,
         "dtype": dtype_name(store.dtype),
         "lossy": store.lossy,
         "kept_as": kept_as(store),

@@ -137,7 +137,7 @@ def _build(config: DistillConfig, store: KVStore, device: torch.device) -> _Part
     pairing = {
         "student_init": hash_weights(student.state_dict().items())[:16],
         "data_order": hash_json(list(batches))[:16],
-        "eval_samples": hash_json([store.manifest.dataset.hash, held_out])[:16],
+        "eval_samples": hash_json([store.records[index] for index in held_out])[:16],
     }
     distiller = build_distiller(config, store, student.to(device), text, train.tolist())
     return _Parts(

@@ -87,7 +87,7 @@ def evaluate_tokens(
     agreement = KVAgreement()
     loss = correct = count = 0.0
     samples: list[SampleScore] = []
-    for batch_indices in _chunks(list(indices), EVAL_BATCH):
+    for batch_indices in chunks(list(indices), EVAL_BATCH):
         batch = {name: tensor.to(device) for name, tensor in dataset.__getitems__(batch_indices).items()}
         if "teacher_kv" in batch:
             logits, compared = distiller.compare(batch)
@@ -112,32 +112,35 @@ def generate_answers(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
+    temperature: float = 0.0,
 ) -> list[str]:
-    """The greedy continuation of every prompt (token ids), in the order given."""
+    """A continuation of every prompt (token ids), in the order given: the greedy one, or sampled at a temperature."""
     texts = [""] * len(prompts)
     # Prompts of one length side by side: less padding to compute.
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    for chunk in _chunks(order, GENERATION_BATCH):
+    for chunk in chunks(order, GENERATION_BATCH):
         for i, text in zip(
-            chunk, _continue_greedily(model, tokenizer, [prompts[i] for i in chunk], max_new_tokens), strict=True
+            chunk, _continue(model, tokenizer, [prompts[i] for i in chunk], max_new_tokens, temperature), strict=True
         ):
             texts[i] = text
     return texts
 
 
 @torch.inference_mode()
-def _continue_greedily(
+def _continue(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
+    temperature: float,
 ) -> list[str]:
     width = max(len(prompt) for prompt in prompts)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
     ids = torch.tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts])
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
     generation = GenerationConfig(
-        do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=tokenizer.eos_token_id, pad_token_id=pad
+        max_new_tokens=max_new_tokens, eos_token_id=tokenizer.eos_token_id, pad_token_id=pad, **sampling
     )
     with _without_own_defaults(model):
         output = model.generate(
@@ -179,6 +182,7 @@ def evaluate_answers(
     }
 
 
-def _chunks(items: list[int], size: int) -> list[list[int]]:
+def chunks(items: list[int], size: int) -> list[list[int]]:
+    """Runs of `size` items, the last one shorter."""
     edges = [*range(0, len(items), size), len(items)]
     return [items[a:b] for a, b in pairwise(edges)]

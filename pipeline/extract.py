@@ -16,6 +16,7 @@ from ..kvcache.lock import only_writer
 from ..kvcache.store import KVStore
 from .extract_config import ExtractConfig
 from .models import tokenizer_files
+from .own_reasoning import draft_path, with_own_reasoning
 from .preparation import Prepared, prepare, sample_table
 from .progress import progress_bar
 from .ranks import joined_ranks
@@ -37,18 +38,20 @@ def extract(config: ExtractConfig, progress: Progress | None = None) -> ExtractR
         prepared = prepare(config)
         if not ranks.is_main:
             ranks.wait()
-        store = _open_or_create(config, prepared)
-        if ranks.is_main:
-            _sweep(config.store)
-            ranks.wait()
         with progress or progress_bar(visible=ranks.is_main) as bar:
+            store = _open_or_create(config, prepared, bar)
+            if ranks.is_main:
+                _sweep(config.store)
+                ranks.wait()
             return run_teacher(
                 store, prepared.teacher, config.batch_size, bar, on_nonfinite=config.on_nonfinite, ranks=ranks
             )
 
 
-def _open_or_create(config: ExtractConfig, prepared: Prepared) -> KVStore:
+def _open_or_create(config: ExtractConfig, prepared: Prepared, progress: Progress) -> KVStore:
     if not config.store.exists():
+        if config.reasoning == "teacher":
+            prepared = with_own_reasoning(prepared, config, progress)
         table = sample_table(prepared)
         _require_space(config.store, table.stored_bytes(prepared.geometry, config.codec))
         return new_store(config, prepared, table)
@@ -65,9 +68,11 @@ def _open_or_create(config: ExtractConfig, prepared: Prepared) -> KVStore:
 
 
 def _sweep(store: Path) -> None:
-    """A process that was killed while Zarr wrote the attributes leaves its temporary file."""
+    """What is of no use any more: a process that was killed while Zarr wrote the attributes leaves its temporary file,
+    and what the teacher wrote is in the store now."""
     for orphan in store.glob(f"zarr.*{PARTIAL}"):
         orphan.unlink()
+    draft_path(store).unlink(missing_ok=True)
 
 
 def new_store(config: ExtractConfig, prepared: Prepared, table: SampleTable) -> KVStore:
@@ -80,6 +85,7 @@ def new_store(config: ExtractConfig, prepared: Prepared, table: SampleTable) -> 
         tokenizer_files=tokenizer_files(prepared.tokenizer),
         truncated=prepared.truncated,
         samples_per_shard=_samples_per_shard(table, prepared.every_layer, config.max_shard_bytes),
+        wrong_answers=prepared.wrong_answers,
     )
 
 

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Literal
 
 from ..data.corpus import BUILTIN_DATASET
+from ..kvcache.errors import ConfigError
 from ..kvcache.writer import OnNonfinite
+
+Reasoning = Literal["dataset", "teacher"]
+WrongAnswers = Literal["drop", "keep"]
 
 
 @dataclass(frozen=True)
@@ -26,6 +31,10 @@ class ExtractConfig:
     revision: str | None = None
     trust_remote_code: bool = False
     seed: int = 0
+    reasoning: Reasoning = "dataset"
+    temperature: float = 0.0
+    max_new_tokens: int = 256
+    wrong_answers: WrongAnswers = "drop"
     on_nonfinite: OnNonfinite = "exclude"
     codec: str = "raw"
     layers: str = "all"
@@ -48,6 +57,36 @@ class ExtractConfig:
             else:
                 flags += [f"--{name}", f"{value:g}" if isinstance(value, float) else str(value)]
         return flags
+
+    @property
+    def reasoning_identity(self) -> str:
+        """Who writes the reasoning, and how, as the manifest says it."""
+        if self.reasoning == "dataset":
+            return "dataset"
+        how = f"temperature {self.temperature:g}" if self.temperature else "greedy"
+        return f"teacher ({how}, {self.max_new_tokens} new tokens at most, wrong answers: {self.wrong_answers})"
+
+
+def require_reasoning(config: ExtractConfig) -> None:
+    """Raise ConfigError for options of generation that are out of range, or have no effect."""
+    if not 0 <= config.temperature < float("inf"):
+        raise ConfigError(
+            "no such temperature", expected="0 (greedy) or more", found=config.temperature, remedy="Mend --temperature"
+        )
+    if config.max_new_tokens < 1:
+        raise ConfigError(
+            "no such length", expected="at least 1", found=config.max_new_tokens, remedy="Mend --max-new-tokens"
+        )
+    defaults = {field.name: field.default for field in fields(config)}
+    for name in ("temperature", "max_new_tokens", "wrong_answers"):
+        if config.reasoning == "dataset" and (found := getattr(config, name)) != defaults[name]:
+            option = f"--{name.replace('_', '-')}"
+            raise ConfigError(
+                f"{option} has no effect on reasoning from the data set",
+                expected="it with --reasoning teacher",
+                found=found,
+                remedy=f"Add --reasoning teacher, or leave {option} out",
+            )
 
 
 def default_store(model: str) -> Path:

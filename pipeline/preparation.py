@@ -33,7 +33,7 @@ from ..kvcache.manifest import (
 )
 from ..kvcache.queries import recorded_queries
 from ..kvcache.rope import rope_parameters
-from .extract_config import ExtractConfig
+from .extract_config import ExtractConfig, require_reasoning
 from .models import (
     builtin_teachers,
     in_fast_arithmetic,
@@ -50,7 +50,8 @@ DEFAULT_MAX_TOKENS = 1024
 @dataclass(frozen=True)
 class Prepared:
     """`tokens` are the samples of all splits of `corpus`, in order. `every_layer` is the geometry of the KV of all the
-    teacher's layers, `geometry` that of those that are kept, with the queries that are kept."""
+    teacher's layers, `geometry` that of those that are kept, with the queries that are kept. `wrong_answers` counts the
+    teacher's, where it wrote the reasoning."""
 
     corpus: Corpus
     tokenizer: PreTrainedTokenizerBase
@@ -59,6 +60,7 @@ class Prepared:
     manifest: Manifest
     every_layer: KVGeometry
     num_query_heads: int
+    wrong_answers: int = 0
 
     @property
     def geometry(self) -> KVGeometry:
@@ -92,6 +94,7 @@ def prepare(config: ExtractConfig) -> Prepared:
         raise ConfigError("no such batch", expected="at least 1", found=config.batch_size, remedy="Mend --batch-size")
     device, dtype = resolve_device(config.device), resolve_dtype(config.dtype)
     require_codec(config.codec)
+    require_reasoning(config)
     require_eviction(config.evict, config.budget)
     corpus = load_corpus(config.dataset, config.samples, config.eval_samples, config.seed)
     source: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
@@ -181,6 +184,7 @@ def _manifest(
         ),
         tokenizer_hash=hash_tokenizer(tokenizer),
         dataset=DatasetIdentity(corpus.name, len(samples), hash_samples(samples)),
+        reasoning=config.reasoning_identity,
         dtype=dtype_name(teacher.dtype),
         codec=config.codec,
         layers=select_layers(config.layers, num_layers),

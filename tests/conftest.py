@@ -115,6 +115,7 @@ def make_manifest() -> Callable[..., Manifest]:
             "teacher": TeacherIdentity("tiny", "main", 2, "c0ffee", "facade"),
             "tokenizer_hash": "decade",
             "dataset": DatasetIdentity("numbers", 3, "beaded"),
+            "reasoning": "dataset",
             "dtype": "bfloat16",
             "codec": "raw",
             "layers": (0, 1),

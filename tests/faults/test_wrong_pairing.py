@@ -51,6 +51,7 @@ FIELDS: dict[str, Any] = {
     "dataset.name": "letters",
     "dataset.num_samples": 4,
     "dataset.hash": "beadee",
+    "reasoning": "teacher",
     "dtype": "float16",
     "layers": [0, 2],
     "segments": ["answer"],

@@ -61,6 +61,7 @@ def write_golden_store(path: Path, *, lossy: bool = False) -> KVStore:
         teacher=TeacherIdentity("golden", "main", 2, "0" * 64, "1" * 64),
         tokenizer_hash="2" * 64,
         dataset=DatasetIdentity("golden", len(LENGTHS), "3" * 64),
+        reasoning="dataset",
         dtype="bfloat16",
         codec="int4" if lossy else "raw",
         layers=(0, 1),

@@ -83,6 +83,17 @@ EXTRACT_CASES = {
     "shard size 0": _extract("--max-shard-size", "0MB", says=("found 0MB", "--max-shard-size")),
     "max tokens 1": _extract("--max-tokens", 1, says=("expected 2 to 2048 tokens, found 1", "--max-tokens")),
     "max tokens many": _extract("--max-tokens", 4096, says=("expected 2 to 2048 tokens, found 4096",)),
+    "reasoning": _extract("--reasoning", "student", says=("expected dataset or teacher, found student", "--reasoning")),
+    "temperature": _extract(
+        *("--reasoning", "teacher", "--temperature", "-1"), says=("expected 0 (greedy) or more", "found -1.0")
+    ),
+    "no new tokens": _extract(
+        *("--reasoning", "teacher", "--max-new-tokens", 0), says=("expected at least 1, found 0", "--max-new-tokens")
+    ),
+    "temperature of nothing": _extract(
+        "--temperature", "1", says=("--temperature has no effect on reasoning from the data set", "found 1.0")
+    ),
+    "other reasoning": _extract("--reasoning", "teacher", place=STORED, says=("reasoning differs", "found dataset")),
     "samples 0": _extract("--samples", 0, says=("expected at least 1", "found 0")),
     "samples negative": _extract("--samples", -1, says=("expected at least 1", "found -1")),
     "eval samples 0": _extract("--eval-samples", 0, says=("expected at least 1", "found 0")),

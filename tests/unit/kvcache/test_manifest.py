@@ -36,6 +36,7 @@ CHANGES: dict[str, Any] = {
     "dataset.name": "letters",
     "dataset.num_samples": 4,
     "dataset.hash": "0",
+    "reasoning": "teacher",
     "dtype": "float16",
     "codec": "int8",
     "layers": (0,),
