@@ -9,7 +9,8 @@ from __future__ import annotations
 import numpy as np
 from kvpipe.pipeline import crossed_bootstrap
 from kvpipe.pipeline.crossed_bootstrap import SampleDifferences
-from kvpipe.pipeline.stats import Comparison, Question, adjust, compare
+from kvpipe.pipeline.questions import Question
+from kvpipe.pipeline.stats import Comparison, adjust, compare
 
 EXPERIMENTS, SEEDS, SAMPLES = 500, 8, 256
 BETWEEN_SEEDS, CELL = 0.04, 0.2

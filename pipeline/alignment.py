@@ -18,7 +18,8 @@ from ..kvcache.align.normalisation import Normalisation
 from ..kvcache.align.parameter_match import matched_size
 from ..kvcache.align.teacher_view import TeacherView
 from ..kvcache.errors import ConfigError
-from ..kvcache.rope import rope_of, rope_parameters
+from ..kvcache.rope import rope_of
+from ..kvcache.rope_parameters import rope_parameters
 from ..kvcache.store import KVStore
 from .compatibility import require_layers, require_queries
 from .config import DistillConfig

@@ -13,7 +13,7 @@ from ..kvcache.errors import ConfigError
 from .config import MAX_SEED, DistillConfig, Where, parse_fields
 from .experiment_file import ExperimentFile
 from .extract_config import ExtractConfig, default_store
-from .stats import COMPARED_METRICS, LOWER_IS_BETTER, Question
+from .questions import COMPARED_METRICS, LOWER_IS_BETTER, Question
 
 SHARED = ("student", "random_init", "eval_split", "max_new_tokens")
 """What arms that are compared have in common: the student, and how it is measured."""

@@ -10,8 +10,9 @@ import numpy as np
 from jaxtyping import Float
 
 from .crossed_bootstrap import SampleDifferences
+from .questions import Question
 from .run_directory import RunDirectory
-from .stats import Question, mcnemar_test
+from .stats import mcnemar_test
 
 
 @dataclass(frozen=True)

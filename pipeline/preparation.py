@@ -32,7 +32,7 @@ from ..kvcache.manifest import (
     hash_weights,
 )
 from ..kvcache.queries import recorded_queries
-from ..kvcache.rope import rope_parameters
+from ..kvcache.rope_parameters import rope_parameters
 from .extract_config import ExtractConfig, require_reasoning
 from .models import (
     builtin_teachers,

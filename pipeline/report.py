@@ -12,8 +12,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescap
 from ..kvcache.files import write_atomic
 from .claims import Claim
 from .plots import frontier, learning_curves, paired_differences, time_by_part
+from .questions import LOWER_IS_BETTER
 from .results import Results, RunResult, arm_summary
-from .stats import LOWER_IS_BETTER, MIN_SEEDS, POWER, Comparison
+from .stats import MIN_SEEDS, POWER, Comparison
 
 
 def write_report(results: Results, folder: Path) -> Path:

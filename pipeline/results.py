@@ -18,9 +18,10 @@ from .declaration import changed_since, declaration
 from .experiment import ExperimentRuns
 from .experiment_config import ExperimentConfig
 from .held_out_scores import CheckpointPair, HeldOutScores, checkpoint_pairs, read_scores, sample_differences
+from .questions import COMPARED_METRICS, Question
 from .run_directory import RunDirectory
 from .split_hygiene import split_hashes
-from .stats import COMPARED_METRICS, Comparison, Question, adjust, compare, distribution_free
+from .stats import Comparison, adjust, compare, distribution_free
 
 Curve = list[tuple[int, float]]
 

@@ -16,6 +16,7 @@ from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.power import TTestPower
 
 from .crossed_bootstrap import CrossedBootstrap, SampleDifferences, crossed_bootstrap
+from .questions import LOWER_IS_BETTER, Question
 
 Verdict = Literal["better", "worse", "equivalent", "inconclusive"]
 
@@ -30,22 +31,7 @@ ROUNDING = 1e-12
 EXACT_SEEDS = 16
 """With more, signs are flipped at random 2**16 times instead of in every way."""
 
-COMPARED_METRICS = ("ce", "ce_auc", "exact_match", "token_accuracy")
-"""What every comparison is made on; an experiment declares one of them as primary."""
-
-LOWER_IS_BETTER = {"ce", "ce_auc"}
-
 NAN = float("nan")
-
-
-@dataclass(frozen=True)
-class Question:
-    """Whether `arm` differs from `control`; with a `margin`, whether they differ by less than that on the primary
-    metric."""
-
-    arm: str
-    control: str
-    margin: float | None = None
 
 
 @dataclass(frozen=True)

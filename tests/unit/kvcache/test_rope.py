@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from kvpipe.kvcache.capture import CaptureCache
 from kvpipe.kvcache.errors import ConfigError
 from kvpipe.kvcache.layout import stack_past_kv
-from kvpipe.kvcache.rope import REQUIRED, RoPE, rope_of, rope_parameters
+from kvpipe.kvcache.rope import REQUIRED, RoPE, rope_of
+from kvpipe.kvcache.rope_parameters import rope_parameters
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 

@@ -23,8 +23,8 @@ from kvpipe.pipeline.config import DistillConfig
 from kvpipe.pipeline.experiment import ExperimentRuns
 from kvpipe.pipeline.experiment_config import Budget, ExperimentConfig
 from kvpipe.pipeline.extract_config import ExtractConfig
+from kvpipe.pipeline.questions import LOWER_IS_BETTER, Question
 from kvpipe.pipeline.run_directory import RunDirectory, run_of
-from kvpipe.pipeline.stats import LOWER_IS_BETTER, Question
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM

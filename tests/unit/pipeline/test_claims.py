@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from kvpipe.pipeline.claims import Claim, claims
 from kvpipe.pipeline.config import DistillConfig
+from kvpipe.pipeline.questions import Question
 from kvpipe.pipeline.report import claim_sentence
 from kvpipe.pipeline.results import collect
-from kvpipe.pipeline.stats import Question
 
 RECIPES = {
     "none": DistillConfig(mode="none"),

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from kvpipe.kvcache.errors import ConfigError
 from kvpipe.pipeline.declaration import changed_since, declare
+from kvpipe.pipeline.questions import Question
 from kvpipe.pipeline.report import write_report
 from kvpipe.pipeline.results import collect
-from kvpipe.pipeline.stats import Question
 
 ARMS = {"none": 0.9, "flat": 0.4}
 

@@ -12,7 +12,8 @@ from kvpipe.pipeline.claims import claims
 from kvpipe.pipeline.config import DistillConfig
 from kvpipe.pipeline.experiment_config import ExperimentConfig, load_experiment
 from kvpipe.pipeline.experiment_file import _key_lines
-from kvpipe.pipeline.stats import Comparison, Question, Verdict
+from kvpipe.pipeline.questions import Question
+from kvpipe.pipeline.stats import Comparison, Verdict
 
 GOOD = """
 name = "pilot"

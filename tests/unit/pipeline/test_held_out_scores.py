@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 from kvpipe.pipeline.held_out_scores import HeldOutScores, checkpoint_pairs, read_scores, sample_differences
+from kvpipe.pipeline.questions import Question
 from kvpipe.pipeline.run_directory import RunDirectory
-from kvpipe.pipeline.stats import Question
 
 QUESTION = Question("flat", "none")
 

@@ -13,9 +13,9 @@ from typing import Any, NoReturn
 from xml.etree import ElementTree
 
 import pytest
+from kvpipe.pipeline.questions import Question
 from kvpipe.pipeline.report import number, p_value, sentence, write_report
 from kvpipe.pipeline.results import Results, collect
-from kvpipe.pipeline.stats import Question
 
 ARMS = {"none": 0.9, "flat": 0.4, "structured": 0.4}
 TEN_ARMS = {f"arm{i}": 0.5 + i / 20 for i in range(10)}

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 from kvpipe.kvcache.errors import ConfigError
+from kvpipe.pipeline.questions import Question
 from kvpipe.pipeline.results import arm_summary, collect
-from kvpipe.pipeline.stats import Question
 from scipy import stats
 
 ARMS = {"none": 0.9, "flat": 0.4, "structured": 0.4}

@@ -12,17 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from kvpipe.pipeline import crossed_bootstrap
 from kvpipe.pipeline.crossed_bootstrap import SampleDifferences
-from kvpipe.pipeline.stats import (
-    ALPHA,
-    LOWER_IS_BETTER,
-    MIN_SEEDS,
-    Comparison,
-    Question,
-    adjust,
-    compare,
-    distribution_free,
-    mcnemar_test,
-)
+from kvpipe.pipeline.questions import LOWER_IS_BETTER, Question
+from kvpipe.pipeline.stats import ALPHA, MIN_SEEDS, Comparison, adjust, compare, distribution_free, mcnemar_test
 from numpy.typing import NDArray
 from scipy import stats
 
