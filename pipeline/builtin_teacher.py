@@ -31,7 +31,7 @@ from ..data import builtin
 from ..data.corpus import BUILTIN_DATASETS, load_corpus
 from ..data.sample import Sample, Segment, extract_answer
 from ..data.tokenize import prompt_ids, tokenize
-from .evaluate import generate_answers
+from .generation import generate_texts
 from .losses import IGNORED, next_token_loss
 from .teacher_recipes import RECIPES, TeacherRecipe, new_model, train_tokenizer
 
@@ -97,7 +97,7 @@ def exact_match(folder: Path, samples: Sequence[Sample]) -> float:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     prompts = [prompt_ids(sample).tolist() for sample in tokenize(samples, tokenizer, tokenizer.model_max_length)]
-    texts = generate_answers(model.eval(), tokenizer, prompts, max_new_tokens=MAX_NEW_TOKENS)
+    texts = generate_texts(model.eval(), tokenizer, prompts, max_new_tokens=MAX_NEW_TOKENS)
     exact = [extract_answer(text) == sample.answer for text, sample in zip(texts, samples, strict=True)]
     return sum(exact) / len(exact)
 

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - the name everybody uses
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.sample import Segment, extract_answer
 from ..kvcache.align.cka import LinearCKA, token_features
 from ..kvcache.store import KVStore
 from .distiller import KVDistiller
+from .generation import chunks, generate_texts
 from .loss_terms import KVBatch
 from .losses import IGNORED, kv_mse, next_token_loss
 from .student_text import StudentText
 from .training_data import KVDataset
 
 EVAL_BATCH = 32
-GENERATION_BATCH = 128
 
 
 @dataclass(frozen=True)
@@ -107,58 +105,6 @@ def evaluate_tokens(
     return metrics, samples
 
 
-def generate_answers(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Sequence[int]],
-    max_new_tokens: int,
-    temperature: float = 0.0,
-) -> list[str]:
-    """A continuation of every prompt (token ids), in the order given: the greedy one, or sampled at a temperature."""
-    texts = [""] * len(prompts)
-    # Prompts of one length side by side: less padding to compute.
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    for chunk in chunks(order, GENERATION_BATCH):
-        for i, text in zip(
-            chunk, _continue(model, tokenizer, [prompts[i] for i in chunk], max_new_tokens, temperature), strict=True
-        ):
-            texts[i] = text
-    return texts
-
-
-@torch.inference_mode()
-def _continue(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Sequence[int]],
-    max_new_tokens: int,
-    temperature: float,
-) -> list[str]:
-    width = max(len(prompt) for prompt in prompts)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
-    ids = torch.tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts])
-    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
-    generation = GenerationConfig(
-        max_new_tokens=max_new_tokens, eos_token_id=tokenizer.eos_token_id, pad_token_id=pad, **sampling
-    )
-    with _without_own_defaults(model):
-        output = model.generate(
-            ids.to(model.device), attention_mask=mask.to(model.device), generation_config=generation
-        )
-    return tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
-
-
-@contextmanager
-def _without_own_defaults(model: PreTrainedModel) -> Iterator[None]:
-    """`generate` fills what it is not told from the model's own config: a repetition penalty is not greedy."""
-    own, model.generation_config = model.generation_config, GenerationConfig()
-    try:
-        yield
-    finally:
-        model.generation_config = own
-
-
 def evaluate_answers(
     student: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -175,14 +121,8 @@ def evaluate_answers(
         if len(ids) and store.records[index]["answer"]:
             chosen.append(int(index))
             prompts.append(ids.tolist())
-    texts = generate_answers(student, tokenizer, prompts, max_new_tokens)
+    texts = generate_texts(student, tokenizer, prompts, max_new_tokens)
     return {
         index: (text, extract_answer(text) == store.records[index]["answer"].strip())
         for index, text in zip(chosen, texts, strict=True)
     }
-
-
-def chunks(items: list[int], size: int) -> list[list[int]]:
-    """Runs of `size` items, the last one shorter."""
-    edges = [*range(0, len(items), size), len(items)]
-    return [items[a:b] for a, b in pairwise(edges)]

@@ -18,8 +18,8 @@ from ..data.errors import DataError
 from ..data.sample import ANSWER_MARK, Sample, extract_answer
 from ..data.tokenize import prompt_ids, tokenize
 from ..kvcache.files import write_atomic
-from .evaluate import GENERATION_BATCH, chunks, generate_answers
 from .extract_config import ExtractConfig
+from .generation import GENERATION_BATCH, chunks, generate_texts
 from .preparation import Prepared
 
 
@@ -82,7 +82,7 @@ def _continue(prepared: Prepared, config: ExtractConfig, prompts: list[list[int]
         return [""] * len(prompts)
     # Of the batch alone, so that what was interrupted goes on as it would have.
     torch.manual_seed(int(np.random.SeedSequence([config.seed, number]).generate_state(1)[0]))
-    return generate_answers(prepared.teacher, prepared.tokenizer, prompts, room, config.temperature)
+    return generate_texts(prepared.teacher, prepared.tokenizer, prompts, room, config.temperature)
 
 
 def draft_path(store: Path) -> Path:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -15,12 +15,12 @@ from kvpipe.kvcache.align.teacher_view import TeacherView
 from kvpipe.kvcache.store import KVStore
 from kvpipe.pipeline import evaluate
 from kvpipe.pipeline.distiller import KVDistiller
-from kvpipe.pipeline.evaluate import evaluate_answers, evaluate_tokens, generate_answers
+from kvpipe.pipeline.evaluate import evaluate_answers, evaluate_tokens
 from kvpipe.pipeline.kv_moments import teacher_moments
 from kvpipe.pipeline.student_text import teachers_tokens
 from kvpipe.pipeline.training_data import KVDataset
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 LENGTHS = [9, 33, 4, 20, 12, 5, 26, 11]
 LAYER_MAP = (1, 2)
@@ -133,55 +133,6 @@ def test_samples_are_reported_in_the_order_asked_for(stored: Stored, make_model:
     _, forward = evaluate_tokens(distiller, dataset, [5, 1, 7])
     _, backward = evaluate_tokens(distiller, dataset, [7, 1, 5])
     assert [s.ce for s in forward] == pytest.approx([s.ce for s in backward[::-1]], rel=1e-5)
-
-
-def one_by_one(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompts: Sequence[Sequence[int]], max_new_tokens: int
-) -> list[str]:
-    """`model.generate` on each prompt alone: no padding, no batch."""
-    plain = GenerationConfig(do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=1, pad_token_id=0)
-    texts = []
-    for prompt in prompts:
-        ids = torch.tensor([list(prompt)])
-        output = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=plain)
-        texts.append(tokenizer.decode(output[0, len(prompt) :], skip_special_tokens=True))
-    return texts
-
-
-def random_prompts(count: int, seed: int = 0) -> list[list[int]]:
-    rng = np.random.default_rng(seed)
-    return [rng.integers(2, 40, rng.integers(1, 15)).tolist() for _ in range(count)]
-
-
-@pytest.mark.parametrize("batch_size", [1, 4, 128])
-def test_batched_generation_is_generation_one_by_one(
-    make_model: MakeModel,
-    tokenizer: PreTrainedTokenizerFast,
-    monkeypatch: pytest.MonkeyPatch,
-    batch_size: int,
-) -> None:
-    monkeypatch.setattr(evaluate, "GENERATION_BATCH", batch_size)
-    model, prompts = make_model(), random_prompts(9)
-    found = generate_answers(model, tokenizer, prompts, 6)
-    assert found == one_by_one(model, tokenizer, prompts, 6)
-    assert len(set(found)) > 4
-
-
-def test_answers_keep_the_order_of_their_prompts(make_model: MakeModel, tokenizer: PreTrainedTokenizerFast) -> None:
-    model, prompts = make_model(), random_prompts(8)
-    found = generate_answers(model, tokenizer, prompts, 5)
-    assert generate_answers(model, tokenizer, prompts[::-1], 5) == found[::-1]
-    assert generate_answers(model, tokenizer, [], 5) == []
-
-
-def test_a_models_own_generation_settings_do_not_leak_in(
-    make_model: MakeModel, tokenizer: PreTrainedTokenizerFast
-) -> None:
-    prompts = random_prompts(6)
-    expected = generate_answers(make_model(), tokenizer, prompts, 12)
-    model = make_model()
-    model.generation_config = GenerationConfig(repetition_penalty=5.0, no_repeat_ngram_size=1, min_new_tokens=3)
-    assert generate_answers(model, tokenizer, prompts, 12) == expected
 
 
 @pytest.fixture
