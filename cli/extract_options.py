@@ -32,7 +32,12 @@ MaxTokens = Annotated[
 BatchSize = Annotated[
     str, typer.Option("--batch-size", help="Samples in a forward pass, or auto: by a budget of padded tokens.")
 ]
-Dtype = Annotated[str, typer.Option("--dtype", help="auto (the model's own), float32, float16 or bfloat16.")]
+Dtype = Annotated[
+    str,
+    typer.Option(
+        "--dtype", help="auto (the model's own), float32, float16 or bfloat16. CPUs that lack it compute in float32."
+    ),
+]
 Device = Annotated[str, typer.Option("--device", help="auto (CUDA where there is one), cpu, cuda or cuda:N.")]
 CodecName = Annotated[
     str, typer.Option("--codec", help="How KV is kept: raw (exact), or lossy in fewer bits: fp8, int8, int4, int2.")

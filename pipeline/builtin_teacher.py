@@ -59,6 +59,10 @@ def main(
     torch.set_num_threads(1)
     known = RECIPES[recipe]
     chosen = replace(known, dataset=dataset or known.dataset, vocabulary=vocabulary or known.vocabulary)
+    if output is None and (chosen, epochs) != (known, EPOCHS):
+        raise typer.BadParameter(
+            "a teacher of another recipe than the built-in one has a folder of its own", param_hint="--output"
+        )
     place = output or BUILTIN / recipe
     place.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".builtin-teacher-", dir=place.parent) as scratch:

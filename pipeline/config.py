@@ -17,6 +17,7 @@ from ..kvcache.align.layer_map import layer_map_text
 from ..kvcache.align.parameter_match import Match
 from ..kvcache.align.teacher_view import KeySpace
 from ..kvcache.errors import ConfigError
+from .extract_config import MAX_SEED
 from .kv_controls import KVControlName
 from .loss_terms import needs_aligner, needs_queries, parse_kv_loss
 
@@ -26,9 +27,6 @@ OnCollapse = Literal["stop", "warn"]
 
 Where = Callable[[str], str]
 """Says where a field was found: a place in a file, or an option."""
-
-MAX_SEED = 2**32
-"""What NumPy's generator takes."""
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from rich.progress import Progress, TaskID
 
 from ..kvcache.errors import ConfigError
 from ..kvcache.lock import only_writer
+from ..kvcache.manifest import hash_json
 from ..kvcache.store import KVStore
 from .config import DistillConfig
 from .declaration import declare
@@ -25,7 +26,7 @@ from .progress import progress_bar
 from .ranks import require_one_process
 from .run_directory import RunDirectory, run_identity
 from .run_process import RunProcess
-from .split_hygiene import require_disjoint_splits
+from .split_hygiene import require_disjoint_splits, split_hashes
 from .trackers import require_trackers
 
 POLL_SECONDS = 0.5
@@ -66,7 +67,7 @@ def _run(
     config: ExperimentConfig, runs_dir: Path, jobs: int, report_to: Sequence[str], *, on_gpu: bool
 ) -> ExperimentRuns:
     stores = {extraction.store: extract(extraction).store for extraction in config.extractions}
-    _require_disjoint_splits(stores.values())
+    _require_comparable(config, stores)
     if on_gpu:
         # The teacher is gone; what torch still holds for it, the runs can use.
         torch.cuda.empty_cache()
@@ -105,7 +106,7 @@ def finished_runs(config: ExperimentConfig, runs_dir: Path) -> ExperimentRuns:
     stores = {extraction.store: KVStore.open(extraction.store) for extraction in config.extractions}
     for store in stores.values():
         store.require_complete()
-    _require_disjoint_splits(stores.values())
+    _require_comparable(config, stores)
     for run in config.runs:
         _is_finished(runs_dir / run.name, run.recipe, stores[run.store])
     records = _records(config, runs_dir)
@@ -113,10 +114,20 @@ def finished_runs(config: ExperimentConfig, runs_dir: Path) -> ExperimentRuns:
     return ExperimentRuns(records, {run.name: run.said for run in failed}, 0.0)
 
 
-def _require_disjoint_splits(stores: Iterable[KVStore]) -> None:
-    """Of every data set once."""
-    for store in {store.manifest.dataset.hash: store for store in stores}.values():
+def _require_comparable(config: ExperimentConfig, stores: Mapping[Path, KVStore]) -> None:
+    """Every text once: splits that are disjoint, and the same for arms that are compared."""
+    splits = {place: split_hashes(store) for place, store in stores.items()}
+    for store in {hash_json(splits[place]): store for place, store in stores.items()}.values():
         require_disjoint_splits(store)
+    for question in config.comparisons:
+        arm, control = (config.store_of(name).store for name in (question.arm, question.control))
+        if splits[arm] != splits[control]:
+            raise ConfigError(
+                f"{question.arm} and {question.control} cannot be compared: {arm} and {control} hold other text",
+                expected=splits[control],
+                found=splits[arm],
+                remedy="Compare arms whose stores are of the same samples, with the same reasoning",
+            )
 
 
 def _records(config: ExperimentConfig, runs_dir: Path) -> dict[str, dict[str, Any]]:

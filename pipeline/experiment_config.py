@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from ..kvcache.errors import ConfigError
-from .config import MAX_SEED, DistillConfig, Where, parse_fields
+from .config import DistillConfig, Where, parse_fields
 from .experiment_file import ExperimentFile
-from .extract_config import ExtractConfig, default_store
+from .extract_config import MAX_SEED, ExtractConfig, default_store
 from .questions import COMPARED_METRICS, LOWER_IS_BETTER, Question
 
 SHARED = ("student", "random_init", "eval_split", "max_new_tokens")

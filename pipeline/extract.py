@@ -38,23 +38,26 @@ def extract(config: ExtractConfig, progress: Progress | None = None) -> ExtractR
         prepared = prepare(config)
         if not ranks.is_main:
             ranks.wait()
+        store = _open_or_create(config, prepared, progress)
+        if ranks.is_main:
+            _sweep(config.store)
+            ranks.wait()
         with progress or progress_bar(visible=ranks.is_main) as bar:
-            store = _open_or_create(config, prepared, bar)
-            if ranks.is_main:
-                _sweep(config.store)
-                ranks.wait()
             return run_teacher(
                 store, prepared.teacher, config.batch_size, bar, on_nonfinite=config.on_nonfinite, ranks=ranks
             )
 
 
-def _open_or_create(config: ExtractConfig, prepared: Prepared, progress: Progress) -> KVStore:
+def _open_or_create(config: ExtractConfig, prepared: Prepared, progress: Progress | None) -> KVStore:
     if not config.store.exists():
         if config.reasoning == "teacher":
             prepared = with_own_reasoning(prepared, config, progress)
         table = sample_table(prepared)
         _require_space(config.store, table.stored_bytes(prepared.geometry, config.codec))
-        return new_store(config, prepared, table)
+        store = new_store(config, prepared, table)
+        if config.reasoning == "teacher":
+            store.add_extraction(prepared.reasoning_seconds, 0, str(prepared.teacher.device), config.batch_size)
+        return store
     if not (config.store / "zarr.json").is_file():
         raise StoreError(
             f"{config.store} is taken",

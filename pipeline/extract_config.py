@@ -10,6 +10,9 @@ from ..data.corpus import BUILTIN_DATASET
 from ..kvcache.errors import ConfigError
 from ..kvcache.writer import OnNonfinite
 
+MAX_SEED = 2**32
+"""What NumPy's generator takes."""
+
 Reasoning = Literal["dataset", "teacher"]
 WrongAnswers = Literal["drop", "keep"]
 

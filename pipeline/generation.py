@@ -17,28 +17,28 @@ def generate_texts(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
-    temperature: float = 0.0,
 ) -> list[str]:
-    """A continuation of every prompt (token ids), in the order given: the greedy one, or sampled at a temperature."""
+    """The greedy continuation of every prompt (token ids), in the order given."""
     texts = [""] * len(prompts)
     # Prompts of one length side by side: less padding to compute.
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     for chunk in chunks(order, GENERATION_BATCH):
         for i, text in zip(
-            chunk, _continue(model, tokenizer, [prompts[i] for i in chunk], max_new_tokens, temperature), strict=True
+            chunk, continue_batch(model, tokenizer, [prompts[i] for i in chunk], max_new_tokens), strict=True
         ):
             texts[i] = text
     return texts
 
 
 @torch.inference_mode()
-def _continue(
+def continue_batch(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
-    temperature: float,
+    temperature: float = 0.0,
 ) -> list[str]:
+    """One batch: greedy, or sampled at a temperature."""
     width = max(len(prompt) for prompt in prompts)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
     ids = torch.tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts])

@@ -26,6 +26,9 @@ from ..kvcache.errors import ConfigError, ModelError
 from ..kvcache.layout import LOGICAL_DTYPES
 from .ranks import local_rank, world_size
 
+HALF_PRECISION = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+"""What the names of a CPU's instructions for it have in common, such as avx512_bf16."""
+
 BUILTIN_DIR = Path(str(files("kvpipe.data.builtin")))
 
 
@@ -131,8 +134,10 @@ def load_teacher(
 def in_fast_arithmetic(teacher: PreTrainedModel) -> PreTrainedModel:
     """The teacher in float32 where a CPU has no instructions for half precision: that is several times as fast there,
     and its KV is rounded once, when it is stored."""
-    slow = teacher.device.type == "cpu" and "AVX512" not in torch.backends.cpu.get_cpu_capability()
-    return teacher.float() if slow else teacher
+    if teacher.device.type != "cpu" or teacher.dtype not in HALF_PRECISION:
+        return teacher
+    instructions = (name for name, present in torch.cpu.get_capabilities().items() if present)
+    return teacher if any(HALF_PRECISION[teacher.dtype] in name for name in instructions) else teacher.float()
 
 
 @torch.inference_mode()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from itertools import chain
@@ -33,7 +34,7 @@ from ..kvcache.manifest import (
 )
 from ..kvcache.queries import recorded_queries
 from ..kvcache.rope_parameters import rope_parameters
-from .extract_config import ExtractConfig, require_reasoning
+from .extract_config import MAX_SEED, ExtractConfig, require_reasoning
 from .models import (
     builtin_teachers,
     in_fast_arithmetic,
@@ -51,7 +52,7 @@ DEFAULT_MAX_TOKENS = 1024
 class Prepared:
     """`tokens` are the samples of all splits of `corpus`, in order. `every_layer` is the geometry of the KV of all the
     teacher's layers, `geometry` that of those that are kept, with the queries that are kept. `wrong_answers` counts the
-    teacher's, where it wrote the reasoning."""
+    teacher's, where it wrote the reasoning, which took it `reasoning_seconds`."""
 
     corpus: Corpus
     tokenizer: PreTrainedTokenizerBase
@@ -61,6 +62,7 @@ class Prepared:
     every_layer: KVGeometry
     num_query_heads: int
     wrong_answers: int = 0
+    reasoning_seconds: float = 0.0
 
     @property
     def geometry(self) -> KVGeometry:
@@ -92,6 +94,10 @@ def prepare(config: ExtractConfig) -> Prepared:
     """Load the teacher and the samples. Raises ConfigError, DataError or ModelError for what the user can mend."""
     if config.batch_size is not None and config.batch_size < 1:
         raise ConfigError("no such batch", expected="at least 1", found=config.batch_size, remedy="Mend --batch-size")
+    if not 0 <= config.seed < MAX_SEED:
+        raise ConfigError(
+            "no such seed", expected="0 or more, and less than 2**32", found=config.seed, remedy="Mend --seed"
+        )
     device, dtype = resolve_device(config.device), resolve_dtype(config.dtype)
     require_codec(config.codec)
     require_reasoning(config)
@@ -104,11 +110,17 @@ def prepare(config: ExtractConfig) -> Prepared:
     tokens = list(tokenize(chain.from_iterable(corpus.splits.values()), tokenizer, max_tokens))
     _require_vocabulary(teacher, tokens)
     manifest = _manifest(config, teacher, tokenizer, corpus, max_tokens)
-    longest = max(int(eligible_tokens(t.segment_ids, manifest.segments).sum()) for t in tokens)
-    require_reachable(config.budget, longest)
+    if config.reasoning == "dataset":
+        require_kept(tokens, manifest)
     # Weights and dtype are in the manifest as they came.
     teacher = in_fast_arithmetic(teacher)
     return Prepared(corpus, tokenizer, teacher, tokens, manifest, *_probe(teacher, tokens[0], manifest))
+
+
+def require_kept(tokens: Sequence[TokenizedSample], manifest: Manifest) -> None:
+    """Raise ConfigError where no sample has a token that may be kept, or none reaches the budget."""
+    longest = max(int(eligible_tokens(sample.segment_ids, manifest.segments).sum()) for sample in tokens)
+    require_reachable(manifest.budget, longest)
 
 
 def sample_table(prepared: Prepared) -> SampleTable:

@@ -9,6 +9,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cache
 from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
@@ -75,7 +76,7 @@ def _run(
     # Ctrl-C reaches every process of a terminal: it is the experiment that stops its runs.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    if hasattr(os, "sched_setaffinity"):
+    with suppress(AttributeError, OSError):  # not every system pins, nor lets us
         os.sched_setaffinity(0, cores)
     torch.set_num_threads(len(cores))
     try:

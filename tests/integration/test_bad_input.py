@@ -87,6 +87,7 @@ EXTRACT_CASES = {
     "temperature": _extract(
         *("--reasoning", "teacher", "--temperature", "-1"), says=("expected 0 (greedy) or more", "found -1.0")
     ),
+    "seed": _extract("--seed", -1, says=("expected 0 or more, and less than 2**32", "found -1", "--seed")),
     "no new tokens": _extract(
         *("--reasoning", "teacher", "--max-new-tokens", 0), says=("expected at least 1, found 0", "--max-new-tokens")
     ),

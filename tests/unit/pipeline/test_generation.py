@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from kvpipe.pipeline import generation
-from kvpipe.pipeline.generation import generate_texts
+from kvpipe.pipeline.generation import continue_batch, generate_texts
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 MakeModel = Callable[..., PreTrainedModel]
@@ -70,7 +70,7 @@ def test_samples_depend_on_the_random_state_and_the_temperature(
 
     def sampled(seed: int, temperature: float) -> list[str]:
         torch.manual_seed(seed)
-        return generate_texts(model, tokenizer, prompts, 6, temperature)
+        return continue_batch(model, tokenizer, prompts, 6, temperature)
 
     assert sampled(0, 1.0) == sampled(0, 1.0)
     assert sampled(0, 1.0) != sampled(1, 1.0)
