@@ -24,8 +24,8 @@ from .conftest import EXTRACT, Commands, Tally, contents
 
 DISTILL = ["distill", "--mode", "flat", "--batch-size", "4", "--epochs", "12", "--save-steps", "5"]
 DISTILL += ["--max-new-tokens", "4", "--store", "../x.zarr", "--output-dir", "run"]
-SECONDS_TO_END = 30
-"""A bound for tests that would otherwise hang, and no promise."""
+SECONDS_TO_END = 300
+"""A bound for tests that would otherwise hang, and no promise: other work on the machine may hold anything up."""
 
 
 def start(argv: list[str], cwd: Path) -> subprocess.Popen[str]:
@@ -40,7 +40,7 @@ def start(argv: list[str], cwd: Path) -> subprocess.Popen[str]:
 
 
 def wait_for(reached: Callable[[], bool], process: subprocess.Popen[str] | None = None) -> None:
-    deadline = time.monotonic() + 4 * SECONDS_TO_END
+    deadline = time.monotonic() + SECONDS_TO_END
     while not reached():
         assert process is None or process.poll() is None, "it ended too early"
         assert time.monotonic() < deadline
@@ -341,7 +341,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Any]:
     def get() -> Any:
         folder = tmp_path_factory.mktemp("experiment") / "whole"
         process = begin(folder)
-        _, stderr = process.communicate(timeout=4 * SECONDS_TO_END)
+        _, stderr = process.communicate(timeout=SECONDS_TO_END)
         assert process.returncode == 0, stderr
         return scores(folder)
 
@@ -418,7 +418,7 @@ def test_an_experiment_that_is_stopped_leaves_no_run_behind_and_starts_again_at_
             if code != -signal.SIGKILL:
                 assert not left, "runs outlived an experiment that ended in order"
         again = begin(folder)
-        _, stderr = again.communicate(timeout=4 * SECONDS_TO_END)
+        _, stderr = again.communicate(timeout=SECONDS_TO_END)
         assert not living(servers | runs)
         assert again.returncode == 0, f"{finished} runs were done, {stderr}"
         assert len(list(folder.glob("runs/x/*/run.json"))) == 4

@@ -349,7 +349,7 @@ def test_a_run_killed_while_a_loss_warms_up_ends_with_the_same_weights(
         assert time.monotonic() < deadline
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
-    process.communicate(timeout=60)
+    process.communicate(timeout=300)
     assert not (run / "run.json").exists()
 
     kvpipe(*command, cwd=tmp_path)

@@ -26,7 +26,7 @@ def _stop_when(process: subprocess.Popen[str], reached: Callable[[], bool], sent
         assert time.monotonic() < deadline
         time.sleep(0.02)
     process.send_signal(sent)
-    _, stderr = process.communicate(timeout=60)
+    _, stderr = process.communicate(timeout=300)
     return process.returncode, stderr
 
 
