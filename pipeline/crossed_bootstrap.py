@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 
 RESAMPLES = 10_000
 CHUNK = 1_000
@@ -68,18 +69,25 @@ def crossed_bootstrap(differences: SampleDifferences) -> CrossedBootstrap | None
     (mean,), (error,) = _mean_and_error(values, weights, *(np.ones((1, size)) for size in values.shape))
     if error <= least:
         return None
-    rng = np.random.default_rng(0)
     drawn = [
-        _mean_and_error(values, weights, *(_draws(rng, size) for size in values.shape))
-        for _ in range(RESAMPLES // CHUNK)
+        _mean_and_error(values, weights, *(counts.astype(float) for counts in resamples))
+        for resamples in _resamples(values.shape, RESAMPLES // CHUNK)
     ]
     means, errors = (np.concatenate(parts) for parts in zip(*drawn, strict=True))
     return CrossedBootstrap(float(mean), float(error), (means - mean) / np.maximum(errors, least), errors <= least)
 
 
-def _draws(rng: np.random.Generator, size: int) -> Float[np.ndarray, "R K"]:
-    """How often each of `size` comes in every resample."""
-    return rng.multinomial(size, np.full(size, 1 / size), CHUNK).astype(float)
+@lru_cache(maxsize=1)
+def _resamples(shape: tuple[int, int], chunks: int) -> list[tuple[Int[np.ndarray, "R N"], Int[np.ndarray, "R M"]]]:
+    """How often each seed and each sample comes in every resample. Comparisons of one shape share them: to draw them
+    takes longer than to compute with them."""
+    rng = np.random.default_rng(0)
+    num_seeds, num_samples = shape
+    return [(_counts(rng, num_seeds), _counts(rng, num_samples)) for _ in range(chunks)]
+
+
+def _counts(rng: np.random.Generator, size: int) -> Int[np.ndarray, "R K"]:
+    return rng.multinomial(size, np.full(size, 1 / size), CHUNK).astype(np.int16)
 
 
 def _mean_and_error(
