@@ -122,19 +122,22 @@ class Interrupted(Progress):
             raise KeyboardInterrupt
 
 
+def interrupt(extraction: ExtractConfig, batches: int) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        extract(extraction, Interrupted(batches))
+
+
 @pytest.mark.parametrize("torn", [False, True], ids=["whole lines", "half a line"])
 def test_an_interrupted_draft_is_gone_on_with(sampled: Callable[..., ExtractConfig], torn: bool) -> None:
     expected = texts(extract(sampled("whole.zarr"), Progress(disable=True)).store)
     cut = sampled("cut.zarr")
-    with pytest.raises(KeyboardInterrupt):
-        extract(cut, Interrupted(3))
+    interrupt(cut, 3)
     draft = draft_path(cut.store)
     before = draft.read_text()
     assert before.count("\n") == 4
     if torn:
         draft.write_text(before[:-5])
-    with pytest.raises(KeyboardInterrupt):
-        extract(cut, Interrupted(3))
+    interrupt(cut, 3)
     again = draft.read_text()
     whole = before.count("\n") - torn
     assert again.splitlines()[:whole] == before.splitlines()[:whole], "batches that are there are not written again"
@@ -145,8 +148,7 @@ def test_an_interrupted_draft_is_gone_on_with(sampled: Callable[..., ExtractConf
 
 def test_a_draft_of_another_extraction_is_not_used(sampled: Callable[..., ExtractConfig]) -> None:
     cut = sampled("cut.zarr")
-    with pytest.raises(KeyboardInterrupt):
-        extract(cut, Interrupted(3))
+    interrupt(cut, 3)
     other = replace(cut, temperature=0.5)
     expected = texts(extract(replace(other, store=cut.store.with_name("whole.zarr")), Progress(disable=True)).store)
     assert texts(extract(other, Progress(disable=True)).store) == expected
@@ -161,12 +163,10 @@ def test_text_without_prompts_is_refused(tmp_path: Path) -> None:
 def test_a_draft_serves_whatever_is_kept_of_its_texts(sampled: Callable[..., ExtractConfig]) -> None:
     expected = texts(extract(sampled("whole.zarr"), Progress(disable=True)).store)
     cut = sampled("cut.zarr")
-    with pytest.raises(KeyboardInterrupt):
-        extract(cut, Interrupted(3))
+    interrupt(cut, 3)
     before = draft_path(cut.store).read_text()
     other = replace(cut, codec="int8", segments="prompt,reasoning")
-    with pytest.raises(KeyboardInterrupt):
-        extract(other, Interrupted(3))
+    interrupt(other, 3)
     assert draft_path(cut.store).read_text() == before
     assert texts(extract(other, Progress(disable=True)).store) == expected
 
@@ -178,8 +178,7 @@ DAMAGE = ['["a"]', '{"texts": ["a"], "seconds": 1.0}', '{"texts": [1, 2, 3, 4, 5
 def test_a_damaged_draft_is_none(sampled: Callable[..., ExtractConfig], line: str) -> None:
     expected = texts(extract(sampled("whole.zarr"), Progress(disable=True)).store)
     cut = sampled("cut.zarr")
-    with pytest.raises(KeyboardInterrupt):
-        extract(cut, Interrupted(2))
+    interrupt(cut, 2)
     draft = draft_path(cut.store)
     header, _, *rest = draft.read_text().splitlines()
     draft.write_text("".join(f"{part}\n" for part in (header, line, *rest)))

@@ -35,12 +35,17 @@ def seen_tokens(config: PreTrainedConfig, layer: int, length: int) -> Tensor:
     return (behind >= 0) & (behind < (window or length))
 
 
+def shape_of(config: PreTrainedConfig) -> dict[str, int]:
+    """What a store of the KV of a tiny model is made with."""
+    heads = getattr(config, "num_key_value_heads", None) or 4
+    return {"num_layers": 3, "num_kv_heads": heads, "head_dim": getattr(config, "head_dim", None) or 8}
+
+
 def test_a_teacher_that_computes_in_float32_is_rounded_once(
     make_store: Callable[..., tuple[KVStore, Any]], tiny_model: PreTrainedModel
 ) -> None:
     model = tiny_model.float()
-    heads = getattr(model.config, "num_key_value_heads", None) or 4
-    shape = {"num_layers": 3, "num_kv_heads": heads, "head_dim": getattr(model.config, "head_dim", None) or 8}
+    shape = shape_of(model.config)
     exact, rounded = (
         make_store(LENGTHS, dtype=dtype, query_heads=4, fill=False, **shape)[0]
         for dtype in (torch.float32, torch.bfloat16)
@@ -57,8 +62,8 @@ def test_stored_queries_and_keys_give_the_attention_of_every_layer(
 ) -> None:
     """Also where several query heads share a key head."""
     model = tiny_model.float()
-    heads = getattr(model.config, "num_key_value_heads", None) or 4
-    geometry = {"num_layers": 3, "num_kv_heads": heads, "head_dim": getattr(model.config, "head_dim", None) or 8}
+    geometry = shape_of(model.config)
+    heads = geometry["num_kv_heads"]
     store, _ = make_store(LENGTHS, dtype=torch.float32, query_heads=4, fill=False, **geometry)
     run_teacher(store, model, 2, Progress(disable=True))
     reader = KVReader(store)
