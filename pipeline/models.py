@@ -132,8 +132,8 @@ def load_teacher(
 
 
 def in_fast_arithmetic(teacher: PreTrainedModel) -> PreTrainedModel:
-    """The teacher in float32 where a CPU has no instructions for half precision: that is several times as fast there,
-    and its KV is rounded once, when it is stored."""
+    """The teacher in float32 where a CPU has no instructions for half precision and is slow at it. Its KV is then
+    rounded once, when it is stored."""
     if teacher.device.type != "cpu" or teacher.dtype not in HALF_PRECISION:
         return teacher
     instructions = (name for name, present in torch.cpu.get_capabilities().items() if present)
