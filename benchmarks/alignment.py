@@ -14,6 +14,7 @@ from kvpipe.kvcache.align.aligner import Aligner, AlignerConfig, Mode
 from kvpipe.kvcache.align.head_projection import KVSpace
 from kvpipe.kvcache.align.layer_map import layer_map
 from kvpipe.kvcache.align.teacher_view import TeacherView
+from kvpipe.pipeline.aligned_teacher import AlignedTeacher
 from kvpipe.pipeline.distiller import KVDistiller
 from kvpipe.pipeline.loss_terms import parse_kv_loss
 from shapes import QWEN_05B, QWEN_7B, SMALLER
@@ -64,7 +65,7 @@ def measure(device: torch.device, batch_size: int, num_tokens: int, runs: int = 
         student = Qwen2ForCausalLM._from_config(student_config, dtype=torch.float32).to(device)
         batch = random_batch(teacher, device, batch_size, num_tokens)
         view = TeacherView(layer_map("ratio", student_config.num_hidden_layers, teacher.num_hidden_layers))
-        plain = KVDistiller(student, view)
+        plain = KVDistiller(student, [AlignedTeacher(view)])
         distillers = {"none": plain} | {
             name: _distiller(student, view, teacher, student_config, *recipe) for name, recipe in RECIPES.items()
         }
@@ -85,7 +86,7 @@ def _distiller(
             mode, "student-to-teacher", config.num_hidden_layers, space(config), space(teacher), size=size
         )
         aligner = Aligner(aligner_config).to(student.device)
-    return KVDistiller(student, view, aligner, parse_kv_loss(loss))
+    return KVDistiller(student, [AlignedTeacher(view, aligner)], parse_kv_loss(loss))
 
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ def main(report: Path) -> None:
         own = [run for run in runs if run["arm"] == arm]
         configs = [recipe(run) for run in own]
         if is_profiled(configs[0]):
-            stores = [run["record"]["store"]["path"] for run in own]
+            stores = [run["record"]["stores"][0]["path"] for run in own]
             r2 = found_r2(configs[:SEEDS], stores[:SEEDS], profiles)
             rows.append((arm, r2, mean(run["scores"]["ce"] for run in own)))
     print("| arm | R2 before training | ce after |\n|---|---|---|")  # noqa: T201

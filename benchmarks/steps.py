@@ -27,7 +27,7 @@ def measure(runs: int = RUNS) -> list[Ratio]:
 
         def run(mode: str) -> float:
             config = DistillConfig(mode=mode, max_steps=STEPS)  # type: ignore[arg-type]
-            record = distill(config, store, Path(folder) / mode, overwrite=True, progress=quiet())
+            record = distill(config, [store], Path(folder) / mode, overwrite=True, progress=quiet())
             waits[mode].append(record["data_wait_share"])
             return record["seconds"]["train"] / record["steps"]
 

@@ -61,7 +61,7 @@ def measure(runs: int = RUNS) -> list[Ratio]:
         def run(dataset: type[KVDataset]) -> float:
             alignment_module.KVDataset = dataset  # type: ignore[misc]
             config = DistillConfig(mode="flat", epochs=EPOCHS)
-            record = distill(config, store, Path(folder) / "run", overwrite=True, progress=quiet())
+            record = distill(config, [store], Path(folder) / "run", overwrite=True, progress=quiet())
             return record["seconds"]["setup"] + record["seconds"]["train"]
 
         rounds = alternate({"offline": lambda: run(KVDataset), "online": lambda: run(LiveTeacherDataset)}, runs)

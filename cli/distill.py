@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-ALIGNMENT, LOSS, TRAINING, EVALUATION = "Alignment", "KV loss", "Training", "Evaluation"
+ALIGNMENT, FUSION, LOSS, TRAINING, EVALUATION = "Alignment", "Several teachers", "KV loss", "Training", "Evaluation"
 
 
 def distill(
@@ -22,7 +22,11 @@ def distill(
         ),
     ] = "structured",
     store: Annotated[
-        Path | None, typer.Option(help="The teacher's KV. \\[default: the only store under stores/]")
+        list[Path] | None,
+        typer.Option(
+            help="The teacher's KV; of several teachers one --store each, over the same prompts. \\[default: the only "
+            "store under stores/]"
+        ),
     ] = None,
     student: Annotated[str, typer.Option(help="A built-in name, a folder, a config.json or a Hub id.")] = "tiny",
     random_init: Annotated[
@@ -100,10 +104,41 @@ def distill(
         str,
         typer.Option(
             help="Controls: shuffled (the teacher's KV permuted in time) or random (noise of its mean and standard "
-            "deviation).",
+            "deviation). Of several stores one word each, as none,shuffled, or one for all.",
             rich_help_panel=ALIGNMENT,
         ),
     ] = "none",
+    fusion: Annotated[
+        str,
+        typer.Option(
+            help="How much each of several teachers counts: fixed, similarity (to prototypes of its KV), learned (by a "
+            "router) or best-of (by held-out R2, layer by layer).",
+            rich_help_panel=FUSION,
+        ),
+    ] = "fixed",
+    fusion_weights: Annotated[
+        str | None,
+        typer.Option(help="fixed: one number a store, as 2,1. \\[default: all the same]", rich_help_panel=FUSION),
+    ] = None,
+    fusion_per: Annotated[
+        str,
+        typer.Option(help="similarity, learned: weights for each layer, sample or token.", rich_help_panel=FUSION),
+    ] = "sample",
+    fusion_temperature: Annotated[
+        float, typer.Option(help="similarity: the higher, the more even the weights.", rich_help_panel=FUSION)
+    ] = 0.1,
+    fusion_prototypes: Annotated[
+        int, typer.Option(help="similarity: by k-means; 1 is the mean.", rich_help_panel=FUSION)
+    ] = 1,
+    router: Annotated[str, typer.Option(help="learned: linear or mlp.", rich_help_panel=FUSION)] = "linear",
+    router_entropy: Annotated[
+        float,
+        typer.Option(
+            help="learned: so much of the weights' entropy off the loss: above 0 for diverse teachers, below for "
+            "specialised ones.",
+            rich_help_panel=FUSION,
+        ),
+    ] = 0.0,
     kv_loss: Annotated[
         str,
         typer.Option(
@@ -178,6 +213,7 @@ def distill(
     from ..pipeline.config import DistillConfig
     from ..pipeline.distill import distill as run
     from ..pipeline.distill import find_store
+    from ..pipeline.teacher_weights import teacher_weights
 
     config = DistillConfig.from_mapping(
         {field.name: given[field.name] for field in fields(DistillConfig)}, "the command line: {}".format
@@ -185,7 +221,7 @@ def distill(
     folder = output_dir or Path("runs") / config.name
     record = run(
         config,
-        find_store(store),
+        store or [find_store(None)],
         folder,
         device=device,
         overwrite=overwrite,
@@ -199,6 +235,17 @@ def distill(
         f"{record['steps']} steps in {seconds['train']:.1f} s, {record['data_wait_share']:.1%} of it waiting for data; "
         f"aligner {record['parameters']['aligner']:,} parameters; teacher forwards: {record['teacher_forwards']}."
     )
+    if len(record["stores"]) > 1:
+        weights = zip(record["stores"], teacher_weights(metrics), strict=False)
+        shown = [f"{Path(read['path']).stem} {weight:.2f}" for read, weight in weights]
+        typer.echo(
+            f"{record['common_samples']} of {record['train_samples']} training samples are in all stores; "
+            f"weights: {', '.join(shown) or 'none'}."
+        )
+    if record["router_collapsed"]:
+        typer.secho(
+            "The router collapsed: one teacher has all but all of the weight.", fg=typer.colors.YELLOW, err=True
+        )
     if record["collapsed"]:
         typer.secho("The distillation target collapsed during this run.", fg=typer.colors.YELLOW, err=True)
     if record["absorbed"]:

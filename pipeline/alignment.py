@@ -21,6 +21,8 @@ from ..kvcache.errors import ConfigError
 from ..kvcache.rope import rope_of
 from ..kvcache.rope_parameters import rope_parameters
 from ..kvcache.store import KVStore
+from .aligned_teacher import AlignedTeacher
+from .channel_moments import Moments
 from .compatibility import require_layers, require_queries
 from .config import DistillConfig
 from .distiller import KVDistiller
@@ -36,21 +38,27 @@ FIT_SAMPLES = 256
 
 
 def build_distiller(
-    config: DistillConfig, store: KVStore, student: PreTrainedModel, text: StudentText, train: Sequence[int]
+    config: DistillConfig,
+    store: KVStore,
+    student: PreTrainedModel,
+    text: StudentText,
+    train: Sequence[int],
+    student_moments: Moments | None = None,
 ) -> KVDistiller:
-    """The student with its view of the teacher and its aligner. Shapes come from the store and from one forward of the
-    student, never from flags. Raises ConfigError or StoreError where recipe, store and student do not fit together.
+    """The student with one teacher, its view and its aligner. Shapes come from the store and from one forward of the
+    student, never from flags. An aligner that normalises the student's KV takes `student_moments`, by default those of
+    the compared tokens. Raises ConfigError or StoreError where recipe, store and student do not fit together.
     """
     view = build_view(config, store, student, text, train)
     terms = parse_kv_loss(config.kv_loss) if config.mode != "none" else ()
-    distiller = KVDistiller(student, view, None, terms, config.kv_weight)
+    distiller = KVDistiller(student, [AlignedTeacher(view)], terms, config.kv_weight)
     if needs_queries(terms):
         require_queries(store, config.kv_loss, resolve_time_map(config.time_map, text), view.layer_map)
     if terms:
         dataset = kv_dataset(config, store, text, queries=False)
         _require_compared(config, distiller, dataset, train)
         if needs_aligner(terms):
-            distiller.aligner = _aligner(config, distiller, store, dataset, train)
+            distiller.teacher.aligner = _aligner(config, distiller, store, dataset, train, student_moments)
     return distiller
 
 
@@ -69,14 +77,16 @@ def kv_dataset(config: DistillConfig, store: KVStore, text: StudentText, *, quer
     )
 
 
-def training_dataset(config: DistillConfig, store: KVStore, text: StudentText, train: Sequence[int]) -> KVDataset:
-    """The batches that a recipe learns from: those of `kv_dataset`, behind the recipe's control if it is one."""
+def training_dataset(
+    config: DistillConfig, store: KVStore, text: StudentText, train: Sequence[int], control: str
+) -> KVDataset:
+    """The batches that a recipe learns from: those of `kv_dataset`, behind a control unless it is `none`."""
     if config.mode == "none":
         return KVDataset(store, text, with_kv=False)
     dataset = kv_dataset(config, store, text)
-    if config.kv_control == "shuffled":
+    if control == "shuffled":
         dataset.control = ShuffledKV(config.seed)
-    elif config.kv_control == "random":
+    elif control == "random":
         dataset.control = RandomKV(config.seed, stored_moments(dataset, train))
     return dataset
 
@@ -107,7 +117,9 @@ def build_view(
         student_rope=rope_of(rope_parameters(student), _student_space(student).head_dim) if unrotated else None,
     )
     if config.layer_map == "cka":
-        similarity = layer_similarity(KVDistiller(student, view), kv_dataset(config, store, text), train)
+        similarity = layer_similarity(
+            KVDistiller(student, [AlignedTeacher(view)]), kv_dataset(config, store, text), train
+        )
         return replace(view, layer_map=cka_map(similarity))
     num_layers = student.config.get_text_config(decoder=True).num_hidden_layers
     chosen = layer_map(config.layer_map, num_layers, store.manifest.teacher.num_layers)
@@ -123,7 +135,12 @@ def layer_similarity(distiller: KVDistiller, dataset: KVDataset, indices: Sequen
 
 
 def _aligner(
-    config: DistillConfig, distiller: KVDistiller, store: KVStore, dataset: KVDataset, train: Sequence[int]
+    config: DistillConfig,
+    distiller: KVDistiller,
+    store: KVStore,
+    dataset: KVDataset,
+    train: Sequence[int],
+    moments: Moments | None,
 ) -> Aligner:
     student, teacher = _student_space(distiller.student), KVSpace(store.geometry.num_kv_heads, store.geometry.head_dim)
     source, target = (student, teacher) if config.direction == "student-to-teacher" else (teacher, student)
@@ -132,7 +149,7 @@ def _aligner(
         AlignerConfig(
             mode=config.mode,  # type: ignore[arg-type]
             direction=config.direction,
-            num_layers=distiller.view.layer_map.num_student_layers,
+            num_layers=distiller.teacher.view.layer_map.num_student_layers,
             student=student,
             teacher=teacher,
             share_dim_proj=config.share_dim_proj,
@@ -144,7 +161,7 @@ def _aligner(
     )
     aligner.normalise_teacher.set_moments(*teacher_moments(distiller, dataset, train))
     if isinstance(aligner.normalise_student, Normalisation):
-        aligner.normalise_student.set_moments(*student_moments(distiller, dataset, train))
+        aligner.normalise_student.set_moments(*(moments or student_moments(distiller, dataset, train)))
     if config.fits_aligner:
         fit_aligner(aligner.to(distiller.student.device), config.closed_form, distiller, dataset, train)
     return aligner
@@ -171,5 +188,5 @@ def fit_aligner(
 def _student_space(student: PreTrainedModel) -> KVSpace:
     """Heads and channels of the student's KV as they are: head_dim is often not what the config says."""
     ids = torch.zeros((1, 2), dtype=torch.long, device=student.device)
-    _, kv = KVDistiller(student, TeacherView(LayerMap.identity(1))).student_forward(ids, torch.ones_like(ids))
+    _, kv = KVDistiller(student, []).student_forward(ids, torch.ones_like(ids))
     return KVSpace(kv.shape[3], kv.shape[5])

@@ -55,14 +55,14 @@ def _by_kind(kinds: dict[str, str]) -> dict[str, tuple[str, ...]]:
 
 
 def _kind(config: ExperimentConfig, arm: str, control: str) -> str | None:
-    """Which control of `arm` another arm is, if any: the same recipe and store without the KV, its order or its
+    """Which control of `arm` another arm is, if any: the same recipe and stores without the KV, its order or its
     content."""
     recipe, other = config.arms[arm], config.arms[control]
     if recipe.mode == "none" or recipe.kv_control != "none":
         return None
     if other.mode == "none":
         return "no KV" if all(getattr(recipe, name) == getattr(other, name) for name in TRAINING) else None
-    if config.store_of(arm) != config.store_of(control):
+    if config.stores_of(arm) != config.stores_of(control):
         return None
     return {_controlled(recipe, "shuffled"): "shuffled KV", _controlled(recipe, "random"): "random KV"}.get(other)
 

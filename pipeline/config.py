@@ -12,6 +12,7 @@ from ..data.errors import DataError
 from ..data.sample import select_segments
 from ..kvcache.align.aligner import Direction
 from ..kvcache.align.closed_form import ClosedForm
+from ..kvcache.align.fusion import FusionName, Granularity, Router
 from ..kvcache.align.head_projection import Start
 from ..kvcache.align.layer_map import layer_map_text
 from ..kvcache.align.parameter_match import Match
@@ -19,11 +20,31 @@ from ..kvcache.align.teacher_view import KeySpace
 from ..kvcache.errors import ConfigError
 from .extract_config import MAX_SEED
 from .kv_controls import KVControlName
-from .loss_terms import needs_aligner, needs_queries, parse_kv_loss
+from .loss_terms import POINTWISE, needs_aligner, needs_queries, parse_kv_loss, weighs_tokens
 
 DistillMode = Literal["structured", "flat", "flat-global", "bottleneck", "identity", "none"]
 TimeMapping = Literal["auto", "identity", "span-last", "span-mean", "segment"]
 OnCollapse = Literal["stop", "warn"]
+
+FINITE = (
+    "kv_weight",
+    "learning_rate",
+    "aligner_learning_rate",
+    "weight_decay",
+    "epochs",
+    "fusion_temperature",
+    "router_entropy",
+)
+
+FUSION_OPTIONS = {
+    "fusion_weights": ("fixed",),
+    "fusion_per": ("similarity", "learned"),
+    "fusion_temperature": ("similarity",),
+    "fusion_prototypes": ("similarity",),
+    "router": ("learned",),
+    "router_entropy": ("learned",),
+}
+"""The fusions that look at an option."""
 
 Where = Callable[[str], str]
 """Says where a field was found: a place in a file, or an option."""
@@ -31,7 +52,7 @@ Where = Callable[[str], str]
 
 @dataclass(frozen=True)
 class DistillConfig:
-    """One recipe. Two runs with equal configs and one store are the same run."""
+    """One recipe. Two runs with equal configs and the same stores are the same run."""
 
     mode: DistillMode = "structured"
     student: str = "tiny"
@@ -45,7 +66,14 @@ class DistillConfig:
     match_params: Match = "none"
     start: Start = "random"
     closed_form: ClosedForm = "ridge"
-    kv_control: KVControlName = "none"
+    kv_control: str = "none"
+    fusion: FusionName = "fixed"
+    fusion_weights: str | None = None
+    fusion_per: Granularity = "sample"
+    fusion_temperature: float = 0.1
+    fusion_prototypes: int = 1
+    router: Router = "linear"
+    router_entropy: float = 0.0
     kv_loss: str = "mse"
     kv_segments: str = "all"
     kv_weight: float = 1.0
@@ -65,15 +93,15 @@ class DistillConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("kv_weight", "learning_rate", "aligner_learning_rate", "weight_decay", "epochs"):
+        for name in FINITE:
             if not math.isfinite(getattr(self, name) or 0):
                 raise FieldError(name, "a finite number", getattr(self, name))
-        for name in ("learning_rate", "batch_size", "epochs", "max_new_tokens"):
+        for name in ("learning_rate", "batch_size", "epochs", "max_new_tokens", "fusion_temperature"):
             if not getattr(self, name) > 0:
                 raise FieldError(name, "more than 0", getattr(self, name))
         if self.aligner_learning_rate is not None and not self.aligner_learning_rate > 0:
             raise FieldError("aligner_learning_rate", "more than 0", self.aligner_learning_rate)
-        for name in ("samples", "max_train_tokens"):
+        for name in ("samples", "max_train_tokens", "fusion_prototypes"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise FieldError(name, "at least 1", getattr(self, name))
         if self.max_steps == 0 or self.max_steps < -1:
@@ -90,10 +118,14 @@ class DistillConfig:
         if not 0 <= self.seed < MAX_SEED:
             raise FieldError("seed", "0 or more, and less than 2**32", self.seed)
         self._require_recipe()
+        self._require_fusion()
 
     def _require_recipe(self) -> None:
         """Raise ConfigError for alignment options that do not go together."""
         terms = parse_kv_loss(self.kv_loss)
+        if unknown := set(self.kv_control.split(",")) - set(get_args(KVControlName)):
+            expected = f"{', '.join(get_args(KVControlName))}, or one of them for each store"
+            raise FieldError("kv_control", expected, repr(sorted(unknown)[0]))
         if self.mode == "none" and self.kv_control != "none":
             raise FieldError("kv_control", "none with mode none, which uses no KV", self.kv_control)
         try:
@@ -124,6 +156,55 @@ class DistillConfig:
         if self.start == "closed-form" and self.closed_form == "pca" and self.direction == "student-to-teacher":
             raise FieldError("closed_form", "ridge or procrustes: pca knows the teacher alone", self.closed_form)
 
+    def _require_fusion(self) -> None:
+        """Raise ConfigError for options of a fusion that is another one."""
+        for name, fusions in FUSION_OPTIONS.items():
+            if getattr(self, name) != type(self).__dataclass_fields__[name].default and self.fusion not in fusions:
+                raise FieldError(name, f"it with --fusion {' or '.join(fusions)} alone", getattr(self, name))
+        if self.router != "linear" and self.fusion_per == "layer":
+            raise FieldError("router", "linear with fusion_per layer, which looks at nothing", self.router)
+        weights = self.teacher_weights
+        if weights is not None and not (all(0 <= w < math.inf for w in weights) and sum(weights) > 0):
+            raise FieldError("fusion_weights", "numbers of 0 or more with a positive sum", self.fusion_weights)
+
+    @property
+    def routes(self) -> bool:
+        """Whether the weights of several teachers depend on anything that is seen in training."""
+        return self.fusion in ("similarity", "learned")
+
+    def require_fusion(self, num_stores: int) -> None:
+        """Raise FieldError for options that do not fit so many stores."""
+        self.kv_controls(num_stores)
+        if num_stores == 1:
+            for name in ("fusion", "fusion_weights"):
+                if getattr(self, name) != type(self).__dataclass_fields__[name].default:
+                    raise FieldError(name, "several stores (--store A --store B) with it", getattr(self, name))
+            return
+        weights = self.teacher_weights
+        if weights is not None and len(weights) != num_stores:
+            raise FieldError("fusion_weights", f"{num_stores} numbers, one a store", self.fusion_weights)
+        if self.mode != "none" and not weighs_tokens(parse_kv_loss(self.kv_loss)):
+            raise FieldError("kv_loss", f"only {', '.join(POINTWISE)} with several stores", self.kv_loss)
+
+    @property
+    def teacher_weights(self) -> list[float] | None:
+        """`fusion_weights` as numbers, one a store."""
+        if self.fusion_weights is None:
+            return None
+        try:
+            return [float(weight) for weight in self.fusion_weights.split(",")]
+        except ValueError as error:
+            raise FieldError("fusion_weights", "numbers with commas, one a store", repr(self.fusion_weights)) from error
+
+    def kv_controls(self, num_stores: int) -> list[str]:
+        """`kv_control` of each of so many stores. Raises FieldError where it names others."""
+        controls = self.kv_control.split(",")
+        if len(controls) == 1:
+            return controls * num_stores
+        if len(controls) != num_stores:
+            raise FieldError("kv_control", f"one word, or {num_stores}: one a store", self.kv_control)
+        return controls
+
     @property
     def fits_aligner(self) -> bool:
         """Whether the projection starts, or stays, as its closed form."""
@@ -137,8 +218,9 @@ class DistillConfig:
     @property
     def name(self) -> str:
         """The run's name unless the user gives one."""
-        control = "" if self.kv_control == "none" else f"-{self.kv_control}"
-        return f"{self.mode}{control}-seed{self.seed}"
+        fusion = "" if self.fusion == "fixed" else f"-{self.fusion}"
+        control = "" if self.kv_control == "none" else f"-{self.kv_control.replace(',', '+')}"
+        return f"{self.mode}{fusion}{control}-seed{self.seed}"
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -164,10 +246,10 @@ class DistillConfig:
         options = parse_fields(document, get_type_hints(cls), where)
         if "layer_map" in options:
             # A run is what its config says: it must not change with a file.
-            with _placed(where, "layer_map"):
+            with placed(where, "layer_map"):
                 options["layer_map"] = layer_map_text(options["layer_map"])
         # Every other field says its own name: FieldError.
-        with _placed(where, "kv_loss"):
+        with placed(where, "kv_loss"):
             return cls(**options)
 
 
@@ -181,7 +263,7 @@ class FieldError(ConfigError):
 
 
 @contextmanager
-def _placed(where: Where, field: str) -> Iterator[None]:
+def placed(where: Where, field: str) -> Iterator[None]:
     """Say where the field is that an error is about: its own, or else `field`."""
     try:
         yield

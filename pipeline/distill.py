@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.progress import Progress
 from transformers import PreTrainedTokenizerBase, TrainingArguments
@@ -21,18 +22,21 @@ from ..kvcache.files import write_atomic
 from ..kvcache.lock import only_writer
 from ..kvcache.manifest import hash_json, hash_weights
 from ..kvcache.store import KVStore
-from .alignment import build_distiller, kv_dataset, training_dataset
 from .callbacks import MetricsFile, TrainingProgress
 from .compatibility import require_learnable, require_positions, student_text, train_indices
 from .config import DistillConfig
 from .distiller import KVDistiller
 from .evaluate import SampleScore, evaluate_answers, evaluate_tokens
+from .fused_alignment import build_fused_distiller, fused_dataset, fused_training_dataset
+from .fused_dataset import FusedDataset
+from .matched_stores import MatchedStore, common_samples, match_stores
 from .models import load_student, resolve_device, tokenizer_from_files
 from .progress import progress_bar
 from .ranks import require_one_process
 from .run_checkpoints import SealedCheckpoints, last_checkpoint
 from .run_directory import RunDirectory, run_identity
 from .run_record import costs, description, store_read
+from .teacher_weights import is_collapsed, teacher_weights
 from .trackers import require_trackers
 from .trainer import DistillTrainer
 from .training_data import KVDataset
@@ -58,7 +62,7 @@ def find_store(store: Path | None) -> Path:
 
 def distill(
     config: DistillConfig,
-    store_path: Path,
+    store_paths: Sequence[Path],
     run_dir: Path,
     *,
     device: str = "auto",
@@ -67,7 +71,8 @@ def distill(
     report_to: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Train one student and return its run record, also written to `run_dir`.
+    """Train one student from one store or several and return its run record, also written to `run_dir`. The first
+    store's samples are what the student reads and learns; another's are matched with them.
 
     A checkpoint is written every `save_steps` steps, by default after every epoch; `report_to` names installed
     trackers. A finished run is returned as it is; an interrupted one goes on from its last checkpoint. Raises
@@ -77,16 +82,17 @@ def distill(
     require_trackers(report_to)
     started = time.perf_counter()
     resolved = resolve_device(device)
-    store = KVStore.open(store_path)
-    store.require_complete()
-    run, identity = RunDirectory(run_dir), run_identity(config, store)
+    stores = [KVStore.open(path) for path in store_paths]
+    for store in stores:
+        store.require_complete()
+    run, identity = RunDirectory(run_dir), run_identity(config, stores)
     run.require_free(identity, overwrite=overwrite)
     if not overwrite and (record := run.read_record()) is not None:
         run.require_outputs(record)
         return record
     with only_writer(run_dir):
         checkpoint = None if overwrite else last_checkpoint(run.checkpoints, identity)
-        parts = _build(config, store, resolved)
+        parts = _build(config, stores, resolved)
         # Only now, when nothing the user can mend stands in the way, does the folder change.
         run.claim(identity, overwrite=overwrite)
         arguments = _arguments(config, parts, run, resolved, save_steps, report_to)
@@ -98,13 +104,16 @@ def distill(
         train_done = time.perf_counter()
         found = {
             "name": run_dir.name,
-            "store": store_read(store),
+            "stores": [store_read(store) for store in stores],
             "resumed_from": checkpoint.name if checkpoint is not None else None,
-            "metrics": _final_metrics(parts, store, config, run, trainer.state.global_step),
+            "train_samples": len(parts.train),
+            "common_samples": common_samples(parts.stores, parts.train),
+            "metrics": (metrics := _final_metrics(parts, config, run, trainer.state.global_step)),
+            "router_collapsed": config.routes and is_collapsed(teacher_weights(metrics)),
             **description(parts.distiller, trainer, config, resolved),
             "pairing": parts.pairing,
         }
-        _save(parts, store, run)
+        _save(parts, run)
         return run.finish({**found, **costs(trainer, started, setup_done, train_done)})
 
 
@@ -114,9 +123,11 @@ class _Parts:
 
     distiller: KVDistiller
     tokenizer: PreTrainedTokenizerBase
-    data: KVDataset
+    stores: list[MatchedStore]
+    data: KVDataset | FusedDataset
     batches: ShuffledBatches
-    eval_data: KVDataset
+    eval_data: KVDataset | FusedDataset
+    train: list[int]
     held_out: list[int]
     pairing: dict[str, str]
 
@@ -124,28 +135,31 @@ class _Parts:
         return evaluate_tokens(distiller, self.eval_data, self.held_out)
 
 
-def _build(config: DistillConfig, store: KVStore, device: torch.device) -> _Parts:
+def _build(config: DistillConfig, stores: Sequence[KVStore], device: torch.device) -> _Parts:
+    store = stores[0]
     teachers_tokenizer = tokenizer_from_files(store.tokenizer_files())
     student = load_student(config.student, teachers_tokenizer, random_init=config.random_init, seed=config.seed)
     text, tokenizer = student_text(config, store, student)
     require_positions(student, store, text)
-    train, held_out = train_indices(store, config), store.indices(config.eval_split).tolist()
+    train, held_out = train_indices(store, config).tolist(), store.indices(config.eval_split).tolist()
     for split, indices in (("train", train), (config.eval_split, held_out)):
         require_learnable(store, split, indices)
-    batches = ShuffledBatches(train, text.length, config.batch_size, config.seed, store.layout.samples)
+    matched = match_stores(stores, text)
+    batches = ShuffledBatches(np.asarray(train), text.length, config.batch_size, config.seed, store.layout.samples)
     # What two runs must share to be compared as a pair.
     pairing = {
         "student_init": hash_weights(student.state_dict().items())[:16],
         "data_order": hash_json(list(batches))[:16],
         "eval_samples": hash_json([store.records[index] for index in held_out])[:16],
     }
-    distiller = build_distiller(config, store, student.to(device), text, train.tolist())
     return _Parts(
-        distiller,
+        build_fused_distiller(config, matched, student.to(device), train),
         tokenizer,
-        training_dataset(config, store, text, train.tolist()),
+        matched,
+        fused_training_dataset(config, matched, train),
         batches,
-        kv_dataset(config, store, text, queries=False),
+        fused_dataset(config, matched),
+        train,
         held_out,
         pairing,
     )
@@ -210,15 +224,13 @@ def _arguments(
     return arguments
 
 
-def _final_metrics(
-    parts: _Parts, store: KVStore, config: DistillConfig, run: RunDirectory, steps: int
-) -> dict[str, float | None]:
+def _final_metrics(parts: _Parts, config: DistillConfig, run: RunDirectory, steps: int) -> dict[str, float | None]:
     """Everything on the held-out split, generation included; each sample goes to `predictions.jsonl`."""
     tokens, samples = parts.evaluate(parts.distiller)
     if not math.isfinite(tokens["ce"]):
         raise DivergenceError(steps)
     student = parts.distiller.student
-    text = parts.eval_data.text
+    store, text = parts.stores[0].store, parts.eval_data.text
     answers = evaluate_answers(student, parts.tokenizer, store, text, parts.held_out, config.max_new_tokens)
     lines = []
     for index, sample in zip(parts.held_out, samples, strict=True):
@@ -230,17 +242,22 @@ def _final_metrics(
     return {**tokens, "exact_match": exact_match}
 
 
-def _save(parts: _Parts, store: KVStore, run: RunDirectory) -> None:
-    """The student as `from_pretrained` reads it, with its tokenizer; beside it the aligner, and which of the store's
-    layers it learned from."""
-    student, tokenizer, aligner = parts.distiller.student, parts.tokenizer, parts.distiller.aligner
+def _save(parts: _Parts, run: RunDirectory) -> None:
+    """The student as `from_pretrained` reads it, with its tokenizer; for every teacher its aligner, and which of its
+    layers the student learned from."""
+    student, tokenizer = parts.distiller.student, parts.tokenizer
     student.generation_config.eos_token_id = tokenizer.eos_token_id
     student.generation_config.pad_token_id = tokenizer.pad_token_id
     # A file in its place is an error of save_pretrained's log alone.
     run.student.mkdir(exist_ok=True)
     student.save_pretrained(run.student)
     tokenizer.save_pretrained(run.student)
-    if aligner is not None:
-        aligner.save(run.path)
-    manifest, layers = store.manifest, parts.distiller.view.layer_map
-    write_layer_map(layers.expand(manifest.layers, manifest.teacher.num_layers), run.layer_map)
+    for folder, matched, teacher in zip(
+        run.teachers(len(parts.stores)), parts.stores, parts.distiller.teachers, strict=True
+    ):
+        folder.mkdir(exist_ok=True)
+        if teacher.aligner is not None:
+            teacher.aligner.save(folder)
+        manifest = matched.store.manifest
+        layers = teacher.view.layer_map.expand(manifest.layers, manifest.teacher.num_layers)
+        write_layer_map(layers, folder / "layer_map.json")

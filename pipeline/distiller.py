@@ -1,4 +1,4 @@
-"""The module that trains: a student, an aligner, and the loss between them."""
+"""The module that trains: a student, its teachers as they are aligned with it, and the loss between them."""
 
 from __future__ import annotations
 
@@ -6,101 +6,139 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..kvcache.align.aligner import Aligner
-from ..kvcache.align.teacher_view import TeacherView
-from ..kvcache.align.time_warp import TimeMap
+from ..kvcache.align.fusion import Fusion, entropy
 from ..kvcache.capture import CaptureCache
-from ..kvcache.layout import stack_past_kv, take_tokens
+from ..kvcache.layout import stack_past_kv
 from ..kvcache.queries import recorded_queries
+from .aligned_teacher import AlignedTeacher
+from .fused_kv import fused
 from .loss_terms import KVBatch, LossTerm, kv_loss, needs_queries
 from .losses import next_token_loss
+from .teacher_batches import of_teacher
 
 
 class KVDistiller(nn.Module):
     """`loss = cross-entropy + kv_weight * KV loss`, from one student forward.
 
-    `view` lays the teacher's KV onto the student's layers and tokens, `aligner` both into one space. Without `terms`
-    only the cross-entropy is left: the no-KV control. `progress` is the share of the run that is done, for losses
-    that warm up.
+    Of several `teachers`, `fusion` says how much each counts; `router_entropy` times the entropy of these weights is
+    taken off the KV loss. Without `terms` only the cross-entropy is left: the no-KV control. `progress` is the share of
+    the run that is done, for losses that warm up.
     """
+
+    teachers: Sequence[AlignedTeacher]
 
     def __init__(
         self,
         student: PreTrainedModel,
-        view: TeacherView,
-        aligner: Aligner | None = None,
+        teachers: Sequence[AlignedTeacher],
         terms: Sequence[LossTerm] = (),
         kv_weight: float = 1.0,
+        fusion: Fusion | None = None,
+        router_entropy: float = 0.0,
     ) -> None:
         super().__init__()
+        assert (fusion is not None) == (len(teachers) > 1)
         self.student = student
-        self.view = view
-        self.aligner = aligner
+        # A module of modules, known by what is in it.
+        self.teachers = nn.ModuleList(teachers)  # type: ignore[assignment]
         self.terms = tuple(terms)
         self.kv_weight = kv_weight
+        self.fusion = fusion
+        self.router_entropy = router_entropy
         self.progress = 0.0
+
+    @property
+    def teacher(self) -> AlignedTeacher:
+        """The only one."""
+        (teacher,) = self.teachers
+        return teacher
 
     def forward(
         self,
         input_ids: Int[Tensor, "B T"],
         attention_mask: Int[Tensor, "B T"],
         labels: Int[Tensor, "B T"],
-        **teacher: Tensor,
+        **teachers: Tensor,
     ) -> dict[str, Tensor]:
-        """`loss` and its part `ce`; with teacher KV also `kv` and each of several terms, the `target` that was compared
-        with, the `target_mask` `[B, T]` of its real tokens, and `kv_loss`, weighted and with its graph.
+        """`loss` and its part `ce`; with teacher KV also `kv` and each of several terms, of several teachers each one's
+        mean `fusion_weight_<number>`, the `target` that was compared with, the `target_mask` `[B, T]` of its real
+        tokens, and `kv_loss`, weighted and with its graph.
 
-        `teacher` is what a `KVDataset` puts into a batch.
+        `teachers` is what a `KVDataset` puts into a batch, of several a `FusedDataset`.
         """
-        if not self.terms or not teacher:
+        if not self.terms or not teachers:
             ce = next_token_loss(self.student(input_ids, attention_mask=attention_mask, use_cache=False).logits, labels)
             return {"loss": ce, "ce": ce.detach()}
-        logits, compared = self.compare({"input_ids": input_ids, "attention_mask": attention_mask, **teacher})
+        batch = {"input_ids": input_ids, "attention_mask": attention_mask, **teachers}
+        logits, compared, weights = self.compare(batch)
         ce = next_token_loss(logits, labels)
-        kv, parts = kv_loss(self.terms, compared, self.progress)
+        if weights is not None:
+            compared = fused(compared, weights, in_one_space=self.fuses_targets)
+        kv, parts = self._kv_loss(compared)
         outputs = {"loss": ce + self.kv_weight * kv, "ce": ce.detach(), "kv": kv.detach()}
-        target = compared.target if compared.target is not None else compared.teacher_kv
-        watched = {"target": target.detach(), "target_mask": compared.mask, "kv_loss": self.kv_weight * kv}
-        return outputs | (parts if len(parts) > 1 else {}) | watched
+        outputs |= parts if len(parts) > 1 else {}
+        if weights is not None:
+            outputs["loss"] = outputs["loss"] - self.router_entropy * entropy(weights)
+            total = weights.detach().sum().clamp_min(1)
+            outputs |= {f"fusion_weight_{k}": own.sum() / total for k, own in enumerate(weights.detach())}
+        target = compared[0].target if compared[0].target is not None else compared[0].teacher_kv
+        watched = {"target": target.detach(), "target_mask": compared[0].mask, "kv_loss": self.kv_weight * kv}
+        return outputs | watched
 
-    def compare(self, batch: Mapping[str, Tensor]) -> tuple[Float[Tensor, "B T V"], KVBatch]:
-        """The student's logits, and both sides' KV of the compared tokens, raw and aligned."""
+    def _kv_loss(self, compared: Sequence[KVBatch]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Over all batches: the weighted sum of the terms, and each of them alone."""
+        first, *others = [kv_loss(self.terms, batch, self.progress) for batch in compared]
+        total, parts = first
+        for kv, its_parts in others:
+            total, parts = total + kv, {name: parts[name] + its_parts[name] for name in parts}
+        return total, parts
+
+    def compare(
+        self, batch: Mapping[str, Tensor]
+    ) -> tuple[Float[Tensor, "B T V"], list[KVBatch], Float[Tensor, "K L B T"] | None]:
+        """The student's logits, both sides' KV of each teacher's compared tokens, raw and aligned, and the weights of
+        several teachers."""
+        if self.fusion is None:
+            logits, compared = self._compare_with_one(batch)
+            return logits, [compared], None
+        logits, student_kv = self.student_forward(batch["input_ids"], batch["attention_mask"])
+        found = [t.compare(student_kv, of_teacher(batch, number)) for number, t in enumerate(self.teachers)]
+        # Without terms nothing was aligned, and the weights are fixed.
+        predictions = [each.prediction if each.prediction is not None else each.student_kv for each in found]
+        return logits, found, self.fusion(student_kv, predictions, torch.stack([each.mask for each in found]))
+
+    def _compare_with_one(self, batch: Mapping[str, Tensor]) -> tuple[Float[Tensor, "B T V"], KVBatch]:
         if not needs_queries(self.terms) or "teacher_queries" not in batch:
-            logits, student_kv = self.student_side(batch)
-            return logits, self._compared(student_kv, batch)
+            logits, student_kv = self.student_forward(batch["input_ids"], batch["attention_mask"])
+            return logits, self.teacher.compare(student_kv, batch)
         with recorded_queries(self.student, batch.get("kv_positions")) as queries:
-            logits, student_kv = self.student_side(batch)
-        compared = self._compared(student_kv, batch)
+            logits, student_kv = self.student_forward(batch["input_ids"], batch["attention_mask"])
+        compared = self.teacher.compare(student_kv, batch)
         own = torch.stack([queries[layer] for layer in sorted(queries)])
-        return logits, replace(
-            compared, student_queries=own, teacher_queries=self.view.layer_map.apply(batch["teacher_queries"])
-        )
+        teachers = self.teacher.view.layer_map.apply(batch["teacher_queries"])
+        return logits, replace(compared, student_queries=own, teacher_queries=teachers)
 
-    def _compared(self, student_kv: Float[Tensor, "L 2 B H T D"], batch: Mapping[str, Tensor]) -> KVBatch:
-        teacher_kv, mask = self.teacher_side(batch)
-        prediction, target = self.aligner(student_kv, teacher_kv) if self.aligner is not None else (None, None)
-        return KVBatch(prediction, target, student_kv, teacher_kv, mask)
+    @property
+    def fuses_targets(self) -> bool:
+        """Whether all teachers' targets lie in one space, the student's, where they can be averaged."""
+        aligners = [teacher.aligner for teacher in self.teachers]
+        return all(a is not None and a.config.direction != "student-to-teacher" for a in aligners)
 
-    def student_side(self, batch: Mapping[str, Tensor]) -> tuple[Float[Tensor, "B T V"], Float[Tensor, "L 2 B H K D"]]:
-        """The student's logits, and its KV of the tokens that have a counterpart in the store."""
-        logits, kv = self.student_forward(batch["input_ids"], batch["attention_mask"])
-        kv = self.view.student(kv)
-        return logits, take_tokens(kv, batch["kv_positions"]) if "kv_positions" in batch else kv
+    @property
+    def projects(self) -> bool:
+        """Whether anything stands between the two sides that could learn in the student's place."""
+        return any(teacher.aligner is not None for teacher in self.teachers)
 
-    def teacher_side(self, batch: Mapping[str, Tensor]) -> tuple[Shaped[Tensor, "L 2 B H T D"], Int[Tensor, "B T"]]:
-        """The teacher's KV laid onto the student's layers and tokens, and on which tokens it is compared."""
-        time_map = TimeMap(batch["time_index"], batch["time_weight"]) if "time_index" in batch else None
-        kv = self.view.teacher(batch["teacher_kv"], batch.get("teacher_positions"), time_map)
-        mask = batch.get("kv_mask", batch["attention_mask"])
-        if time_map is not None:
-            mask = mask * time_map.mask
-        if (places := batch.get("kv_positions")) is not None:
-            mask = mask.gather(1, places.clamp_min(0)) * (places >= 0)
-        return kv, mask
+    @property
+    def target_moves(self) -> bool:
+        """Whether training can change what the student is compared with."""
+        moving = any(t.aligner is not None and t.aligner.target_moves for t in self.teachers)
+        routed = self.fusion is not None and any(True for _ in self.fusion.parameters())
+        return moving or (routed and self.fuses_targets)
 
     def student_forward(
         self, input_ids: Int[Tensor, "B T"], attention_mask: Int[Tensor, "B T"]

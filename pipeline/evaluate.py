@@ -13,10 +13,13 @@ from ..data.sample import Segment, extract_answer
 from ..kvcache.align.cka import LinearCKA, token_features
 from ..kvcache.store import KVStore
 from .distiller import KVDistiller
+from .fused_dataset import FusedDataset
 from .generation import chunks, generate_texts
 from .loss_terms import KVBatch
 from .losses import IGNORED, kv_mse, next_token_loss
 from .student_text import StudentText
+from .teacher_batches import STUDENTS
+from .teacher_weights import MeanWeights
 from .training_data import KVDataset
 
 EVAL_BATCH = 32
@@ -66,30 +69,35 @@ class KVAgreement:
 
     def metrics(self) -> dict[str, float]:
         found = {name: total / max(1.0, self._tokens) for name, total in self._sums.items()}
-        for kv, name in enumerate(("key", "value")):
+        for kv, name in enumerate(("key", "value") if self._cka else ()):
             found[f"cka_{name}"] = sum(layer[kv].value() for layer in self._cka) / len(self._cka)
         return found
 
 
 @torch.inference_mode()
 def evaluate_tokens(
-    distiller: KVDistiller, dataset: KVDataset, indices: Sequence[int]
+    distiller: KVDistiller, dataset: KVDataset | FusedDataset, indices: Sequence[int]
 ) -> tuple[dict[str, float], list[SampleScore]]:
     """Teacher-forced metrics over held-out samples, and the scores of each sample.
 
     `ce` (nats a token) and `token_accuracy` are over learned tokens; the rest are KVAgreement's, where the
-    dataset carries teacher KV.
+    dataset carries teacher KV. Of several teachers these have the teacher's number behind their names, and there are
+    those of MeanWeights.
     """
     distiller.eval()
     device = distiller.student.device
-    agreement = KVAgreement()
+    agreements = [KVAgreement() for _ in distiller.teachers]
+    mean_weights = MeanWeights()
     loss = correct = count = 0.0
     samples: list[SampleScore] = []
     for batch_indices in chunks(list(indices), EVAL_BATCH):
         batch = {name: tensor.to(device) for name, tensor in dataset.__getitems__(batch_indices).items()}
-        if "teacher_kv" in batch:
-            logits, compared = distiller.compare(batch)
-            agreement.update(compared)
+        if batch.keys() - set(STUDENTS):
+            logits, compared, weights = distiller.compare(batch)
+            for agreement, each in zip(agreements, compared, strict=True):
+                agreement.update(each)
+            if weights is not None:
+                mean_weights.update(weights)
         else:
             logits, _ = distiller.student_forward(batch["input_ids"], batch["attention_mask"])
         losses = next_token_loss(logits, batch["labels"], reduction="none")
@@ -100,9 +108,10 @@ def evaluate_tokens(
         samples += map(SampleScore, tokens.tolist(), *(score.tolist() for score in scores))
         loss, correct, count = loss + float(losses.sum()), correct + float(hits.sum()), count + float(learned.sum())
     metrics = {"ce": loss / count, "token_accuracy": correct / count}
-    if dataset.reader is not None:
-        metrics |= agreement.metrics()
-    return metrics, samples
+    for number, agreement in enumerate(agreements):
+        ending = f"_{number}" if len(agreements) > 1 else ""
+        metrics |= {f"{name}{ending}": value for name, value in agreement.metrics().items()}
+    return metrics | mean_weights.metrics(), samples
 
 
 def evaluate_answers(

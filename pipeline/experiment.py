@@ -71,7 +71,11 @@ def _run(
     if on_gpu:
         # The teacher is gone; what torch still holds for it, the runs can use.
         torch.cuda.empty_cache()
-    waiting = [run for run in config.runs if not _is_finished(runs_dir / run.name, run.recipe, stores[run.store])]
+    waiting = [
+        run
+        for run in config.runs
+        if not _is_finished(runs_dir / run.name, run.recipe, [stores[place] for place in run.stores])
+    ]
     if len(waiting) == len(config.runs):
         declare(config, runs_dir)
     ran = len(waiting)
@@ -82,7 +86,9 @@ def _run(
                 run = waiting.pop(0)
                 path, cores = runs_dir / run.name, grid.free.pop(0)
                 device = config.extract.device
-                grid.add(path, RunProcess(run.recipe, run.store, path, device=device, cores=cores, report_to=report_to))
+                grid.add(
+                    path, RunProcess(run.recipe, run.stores, path, device=device, cores=cores, report_to=report_to)
+                )
             time.sleep(POLL_SECONDS)
             grid.poll()
     return ExperimentRuns(_records(config, runs_dir), grid.failures, time.perf_counter() - start if ran else 0.0)
@@ -108,7 +114,7 @@ def finished_runs(config: ExperimentConfig, runs_dir: Path) -> ExperimentRuns:
         store.require_complete()
     _require_comparable(config, stores)
     for run in config.runs:
-        _is_finished(runs_dir / run.name, run.recipe, stores[run.store])
+        _is_finished(runs_dir / run.name, run.recipe, [stores[place] for place in run.stores])
     records = _records(config, runs_dir)
     failed = (run for run in experiment_status(config, runs_dir) if run.state == "failed" and run.name not in records)
     return ExperimentRuns(records, {run.name: run.said for run in failed}, 0.0)
@@ -120,7 +126,7 @@ def _require_comparable(config: ExperimentConfig, stores: Mapping[Path, KVStore]
     for store in {hash_json(splits[place]): store for place, store in stores.items()}.values():
         require_disjoint_splits(store)
     for question in config.comparisons:
-        arm, control = (config.store_of(name).store for name in (question.arm, question.control))
+        arm, control = (config.stores_of(name)[0].store for name in (question.arm, question.control))
         if splits[arm] != splits[control]:
             raise ConfigError(
                 f"{question.arm} and {question.control} cannot be compared: {arm} and {control} hold other text",
@@ -134,12 +140,12 @@ def _records(config: ExperimentConfig, runs_dir: Path) -> dict[str, dict[str, An
     return {run.name: record for run in config.runs if (record := RunDirectory(runs_dir / run.name).read_record())}
 
 
-def _is_finished(path: Path, recipe: DistillConfig, store: KVStore) -> bool:
+def _is_finished(path: Path, recipe: DistillConfig, stores: Sequence[KVStore]) -> bool:
     """Whether the run is there already. Raises ConfigError where its folder holds another run."""
     run = RunDirectory(path)
     if run.read_record() is None:
         return False
-    run.require_free(run_identity(recipe, store), overwrite=False)
+    run.require_free(run_identity(recipe, stores), overwrite=False)
     return True
 
 

@@ -10,10 +10,13 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from ..kvcache.errors import ConfigError
-from .config import DistillConfig, Where, parse_fields
+from .config import DistillConfig, Where, parse_fields, placed
 from .experiment_file import ExperimentFile
 from .extract_config import MAX_SEED, ExtractConfig, default_store
 from .questions import COMPARED_METRICS, LOWER_IS_BETTER, Question
+
+EXTRACT = "extract"
+"""What an arm of several stores calls that of the table [extract]."""
 
 SHARED = ("student", "random_init", "eval_split", "max_new_tokens")
 """What arms that are compared have in common: the student, and how it is measured."""
@@ -34,19 +37,19 @@ class Budget:
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """An arm with a seed, and the store that it reads."""
+    """An arm with a seed, and the stores that it reads."""
 
     name: str
     arm: str
     recipe: DistillConfig
-    store: Path
+    stores: tuple[Path, ...]
 
 
 @dataclass(frozen=True)
 class ExperimentConfig:
     """Arms by seeds. `arms` hold whole recipes: the base with the budget and the arm's own fields.
 
-    All arms read the store of `extract`, but for those that `arm_stores` gives one of `stores`: the same extraction
+    All arms read the store of `extract`, but for those that `arm_stores` gives some of `stores`: the same extraction
     with some options changed. `tuning_seeds` are those that choices were made on: none of them is reported.
     """
 
@@ -60,22 +63,25 @@ class ExperimentConfig:
     comparisons: tuple[Question, ...]
     tuning_seeds: tuple[int, ...] = ()
     stores: Mapping[str, ExtractConfig] = field(default_factory=dict)
-    arm_stores: Mapping[str, str] = field(default_factory=dict)
+    arm_stores: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
-    def store_of(self, arm: str) -> ExtractConfig:
-        """The extraction that an arm reads."""
-        return self.stores[self.arm_stores[arm]] if arm in self.arm_stores else self.extract
+    def stores_of(self, arm: str) -> tuple[ExtractConfig, ...]:
+        """The extractions that an arm reads. Its text is that of the first."""
+        named = {**self.stores, EXTRACT: self.extract}
+        return tuple(named[name] for name in self.arm_stores.get(arm, (EXTRACT,)))
 
     @property
     def extractions(self) -> list[ExtractConfig]:
         """Those that some arm reads."""
-        return list(dict.fromkeys(self.store_of(arm) for arm in self.arms))
+        return list(dict.fromkeys(store for arm in self.arms for store in self.stores_of(arm)))
 
     @property
     def runs(self) -> list[PlannedRun]:
         """The whole grid, seed by seed, so that pairs finish together."""
         return [
-            PlannedRun(f"{arm}-seed{seed}", arm, _with_seed(recipe, seed), self.store_of(arm).store)
+            PlannedRun(
+                f"{arm}-seed{seed}", arm, _with_seed(recipe, seed), tuple(read.store for read in self.stores_of(arm))
+            )
             for seed in self.seeds
             for arm, recipe in self.arms.items()
         ]
@@ -179,6 +185,8 @@ def _stores(file: ExperimentFile) -> dict[str, ExtractConfig]:
     own, stores = file.table("extract"), {}
     for name, changes in file.table("stores").items():
         key = f"stores.{_name(file, name, 'stores')}"
+        if name == EXTRACT:
+            raise file.refuse(key, f"another name: {EXTRACT} is the store of [extract]", name)
         if not isinstance(changes, dict):
             raise file.refuse(key, "a table", repr(changes))
         # A store of its own has a place of its own.
@@ -192,8 +200,8 @@ def _stores(file: ExperimentFile) -> dict[str, ExtractConfig]:
 
 def _arms(
     file: ExperimentFile, stores: Mapping[str, ExtractConfig], budget: Budget
-) -> tuple[dict[str, DistillConfig], dict[str, str]]:
-    """The recipes by arm, and the stores of those that name one."""
+) -> tuple[dict[str, DistillConfig], dict[str, tuple[str, ...]]]:
+    """The recipes by arm, and the stores of those that name any."""
     base = file.table("base") if "base" in file.document else {}
     arms, arm_stores = {}, {}
     for name, overrides in file.table("arms").items():
@@ -204,12 +212,26 @@ def _arms(
         where = partial(_where_of_arm, file, key, overrides)
         _require_no_budget_of_its_own(recipe, where)
         if "store" in recipe:
-            arm_stores[name] = recipe.pop("store")
-            if arm_stores[name] not in list(stores):
-                raise file.refuse(f"{key}.store", " or ".join(stores) or "a table [stores]", arm_stores[name])
+            arm_stores[name] = _arm_stores(file, f"{key}.store", recipe.pop("store"), stores)
         arms[name] = DistillConfig.from_mapping({**recipe, **budget.to_dict()}, where)
+        _require_fusion(arms[name], len(arm_stores.get(name, (EXTRACT,))), where)
     _require_equal_batches(file, arms, budget)
     return arms, arm_stores
+
+
+def _arm_stores(file: ExperimentFile, key: str, found: Any, stores: Mapping[str, ExtractConfig]) -> tuple[str, ...]:
+    """A name, or a list of different ones."""
+    names = [found] if isinstance(found, str) else found
+    if not isinstance(names, list) or not names or any(name not in [*stores, EXTRACT] for name in names):
+        raise file.refuse(key, " or ".join([*stores, EXTRACT]) if stores else "a table [stores]", found)
+    if len(set(names)) < len(names):
+        raise file.refuse(key, "every store once", found)
+    return tuple(names)
+
+
+def _require_fusion(recipe: DistillConfig, num_stores: int, where: Where) -> None:
+    with placed(where, "fusion"):
+        recipe.require_fusion(num_stores)
 
 
 def _where_of_arm(file: ExperimentFile, key: str, overrides: Mapping[str, Any], name: str) -> str:

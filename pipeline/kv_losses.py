@@ -1,6 +1,7 @@
 """Losses between two KVs as pure functions, over real tokens only, in float32 at least.
 
-Layers, and key and value, weigh the same in all of them. `mask` is 1 on the tokens that count.
+Layers, and key and value, weigh the same in all of them. `mask` is 1 on the tokens that count; losses that are a mean
+over tokens take `weights` as well, by layer and token.
 """
 
 from __future__ import annotations
@@ -20,16 +21,20 @@ EPSILON = 1e-8
 
 
 def kv_smooth_l1(
-    prediction: Float[Tensor, "L K B H T D"], target: Float[Tensor, "L K B H T D"], mask: Int[Tensor, "B T"]
+    prediction: Float[Tensor, "L K B H T D"],
+    target: Float[Tensor, "L K B H T D"],
+    mask: Int[Tensor, "B T"],
+    weights: Float[Tensor, "L B T"] | None = None,
 ) -> Float[Tensor, ""]:
     """Huber's loss with its corner at 1: as half the squared error for small errors, as their size for large ones."""
-    return mean_over_tokens(F.smooth_l1_loss(_wide(prediction), _wide(target), reduction="none"), mask)
+    return mean_over_tokens(F.smooth_l1_loss(_wide(prediction), _wide(target), reduction="none"), mask, weights)
 
 
 def kv_cosine(
     prediction: Float[Tensor, "L K B H T D"],
     target: Float[Tensor, "L K B H T D"],
     mask: Int[Tensor, "B T"],
+    weights: Float[Tensor, "L B T"] | None = None,
     magnitude_weight: float = 0.0,
 ) -> Float[Tensor, ""]:
     """The direction of every head's vector: 1 - cosine; and, weakly if wanted, its length: the squared difference of
@@ -39,15 +44,18 @@ def kv_cosine(
     if magnitude_weight:
         norms = [(kv.square().sum(-1) + EPSILON).log() / 2 for kv in (prediction, target)]
         loss = loss + magnitude_weight * (norms[0] - norms[1]).square()
-    return mean_over_tokens(loss[..., None], mask)
+    return mean_over_tokens(loss[..., None], mask, weights)
 
 
 def kv_hybrid(
-    prediction: Float[Tensor, "L K B H T D"], target: Float[Tensor, "L K B H T D"], mask: Int[Tensor, "B T"]
+    prediction: Float[Tensor, "L K B H T D"],
+    target: Float[Tensor, "L K B H T D"],
+    mask: Int[Tensor, "B T"],
+    weights: Float[Tensor, "L B T"] | None = None,
 ) -> Float[Tensor, ""]:
     """Squared error and direction, in equal parts."""
     prediction, target = _wide(prediction), _wide(target)
-    return kv_mse(prediction, target, mask) + kv_cosine(prediction, target, mask)
+    return kv_mse(prediction, target, mask, weights) + kv_cosine(prediction, target, mask, weights)
 
 
 def per_layer_std(target: Float[Tensor, "L K B H T D"], mask: Int[Tensor, "B T"]) -> Float[Tensor, "L K 1 1 1 1"]:
@@ -63,22 +71,14 @@ def per_layer_std(target: Float[Tensor, "L K B H T D"], mask: Int[Tensor, "B T"]
 
 
 def kv_kava(
-    prediction: Float[Tensor, "L K B H T D"], target: Float[Tensor, "L K B H T D"], mask: Int[Tensor, "B T"]
+    prediction: Float[Tensor, "L K B H T D"],
+    target: Float[Tensor, "L K B H T D"],
+    mask: Int[Tensor, "B T"],
+    weights: Float[Tensor, "L B T"] | None = None,
 ) -> Float[Tensor, ""]:
     """Squared error in units of the spread of each layer's target, key and value apart, as in KaVa (2025)."""
     std = per_layer_std(target, mask)
-    return kv_mse(prediction / std, target / std, mask)
-
-
-def kv_weighted_mse(
-    prediction: Float[Tensor, "L K B H T D"],
-    target: Float[Tensor, "L K B H T D"],
-    weights: Float[Tensor, "L B T"],
-    mask: Int[Tensor, "B T"],
-) -> Float[Tensor, ""]:
-    """Mean squared error, with a weight on each token of a layer. Weights of 1 make it `kv_mse`."""
-    errors = (_wide(prediction) - _wide(target)).square()
-    return mean_over_tokens(errors * weights[:, None, :, None, :, None], mask)
+    return kv_mse(prediction / std, target / std, mask, weights)
 
 
 def kv_cka(

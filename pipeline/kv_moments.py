@@ -24,7 +24,7 @@ def teacher_moments(distiller: KVDistiller, dataset: KVDataset, indices: Sequenc
     moments = ChannelMoments()
     for start in range(0, len(chosen), BATCH):
         batch = dataset.__getitems__(chosen[start : start + BATCH])
-        moments.update(*distiller.teacher_side(batch))
+        moments.update(*distiller.teacher.teacher_side(batch))
     return moments.value()
 
 

@@ -19,7 +19,6 @@ from .kv_losses import (
     kv_relation,
     kv_smooth_l1,
     kv_structural,
-    kv_weighted_mse,
 )
 from .losses import kv_mse
 
@@ -27,7 +26,8 @@ from .losses import kv_mse
 @dataclass(frozen=True)
 class KVBatch:
     """Both sides' KV of the tokens that are compared. `prediction` and `target` lie in one space, where there is an
-    aligner; the others are as the models have them, the teacher's laid onto the student's layers and tokens."""
+    aligner; the others are as the models have them, the teacher's laid onto the student's layers and tokens. Of several
+    teachers, `weights` say how much this one counts."""
 
     prediction: Float[Tensor, "L 2 B H T D"] | None
     target: Float[Tensor, "L 2 B H T D"] | None
@@ -36,6 +36,7 @@ class KVBatch:
     mask: Int[Tensor, "B T"]
     student_queries: Float[Tensor, "L B Qs T Ds"] | None = None
     teacher_queries: Shaped[Tensor, "L B Qt T Dt"] | None = None
+    weights: Float[Tensor, "L B T"] | None = None
 
     @property
     def aligned(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -60,17 +61,21 @@ def _structural(batch: KVBatch) -> Tensor:
 
 def _attention_mse(batch: KVBatch) -> Tensor:
     """Errors count as much as the teacher attends to their tokens."""
-    prediction, target, mask = batch.aligned
     _, teacher = batch.queries
-    return kv_weighted_mse(prediction, target, attention_weights(teacher, batch.teacher_kv[:, 0], mask), mask)
+    return kv_mse(*batch.aligned, attention_weights(teacher, batch.teacher_kv[:, 0], batch.mask))
 
+
+POINTWISE: dict[str, Callable[[KVBatch], Tensor]] = {
+    "mse": lambda batch: kv_mse(*batch.aligned, batch.weights),
+    "smooth-l1": lambda batch: kv_smooth_l1(*batch.aligned, batch.weights),
+    "mercator": lambda batch: kv_cosine(*batch.aligned, batch.weights),
+    "hybrid": lambda batch: kv_hybrid(*batch.aligned, batch.weights),
+    "kava": lambda batch: kv_kava(*batch.aligned, batch.weights),
+}
+"""Those that are a mean over tokens, on which several teachers can have weights."""
 
 ALIGNED: dict[str, Callable[[KVBatch], Tensor]] = {
-    "mse": lambda batch: kv_mse(*batch.aligned),
-    "smooth-l1": lambda batch: kv_smooth_l1(*batch.aligned),
-    "mercator": lambda batch: kv_cosine(*batch.aligned),
-    "hybrid": lambda batch: kv_hybrid(*batch.aligned),
-    "kava": lambda batch: kv_kava(*batch.aligned),
+    **POINTWISE,
     "structural": _structural,
     "attention-mse": _attention_mse,
 }
@@ -133,6 +138,11 @@ def _refuse(expected: str, found: str) -> ConfigError:
 def needs_aligner(terms: Sequence[LossTerm]) -> bool:
     """Whether any term compares the sides in one space, as `KVBatch.aligned`."""
     return any(term.name in ALIGNED for term in terms)
+
+
+def weighs_tokens(terms: Sequence[LossTerm]) -> bool:
+    """Whether all terms are means over tokens, which `KVBatch.weights` can weigh."""
+    return all(term.name in POINTWISE for term in terms)
 
 
 def needs_queries(terms: Sequence[LossTerm]) -> bool:

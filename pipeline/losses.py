@@ -26,16 +26,22 @@ def kv_mse(
     prediction: Float[Tensor, "L K B H T D"],
     target: Float[Tensor, "L K B H T D"],
     mask: Int[Tensor, "B T"],
+    weights: Float[Tensor, "L B T"] | None = None,
 ) -> Float[Tensor, ""]:
     """Mean squared error over the real tokens of a batch; layers, and key and value (K = 2), weigh the same.
 
     With targets normalised to unit variance, 1 is what predicting the mean would score.
     """
-    return mean_over_tokens((prediction - target).square(), mask)
+    return mean_over_tokens((prediction - target).square(), mask, weights)
 
 
-def mean_over_tokens(errors: Float[Tensor, "L K B H T D"], mask: Int[Tensor, "B T"]) -> Float[Tensor, ""]:
-    """The mean of errors over the real tokens of a batch, and over all their layers, kinds, heads and channels."""
+def mean_over_tokens(
+    errors: Float[Tensor, "L K B H T D"], mask: Int[Tensor, "B T"], weights: Float[Tensor, "L B T"] | None = None
+) -> Float[Tensor, ""]:
+    """The mean of errors over the real tokens of a batch, and over all their layers, kinds, heads and channels; with
+    `weights` each token's errors in a layer are multiplied first."""
     layers, kinds, _, heads, _, channels = errors.shape
     real = errors * mask[None, None, :, None, :, None]
+    if weights is not None:
+        real = real * weights[:, None, :, None, :, None]
     return real.sum() / (mask.sum() * layers * kinds * heads * channels).clamp_min(1)

@@ -27,12 +27,14 @@ class PairedKV:
 
 @torch.no_grad()
 def paired_kv(distiller: KVDistiller, dataset: KVDataset, indices: Sequence[int]) -> Iterator[PairedKV]:
-    """Batches of the samples at `indices`, with the student as it is now, on the student's device."""
+    """Batches of the samples at `indices` and of the distiller's only teacher, with the student as it is now, on the
+    student's device."""
     training, device = distiller.training, distiller.student.device
     distiller.eval()
     for start in range(0, len(indices), BATCH):
         chosen = [int(index) for index in indices[start : start + BATCH]]
         batch = {name: tensor.to(device) for name, tensor in dataset.__getitems__(chosen).items()}
-        _, student = distiller.student_side(batch)
-        yield PairedKV(student, *distiller.teacher_side(batch))
+        _, student_kv = distiller.student_forward(batch["input_ids"], batch["attention_mask"])
+        student = distiller.teacher.student_side(student_kv, batch)
+        yield PairedKV(student, *distiller.teacher.teacher_side(batch))
     distiller.train(training)

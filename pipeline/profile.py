@@ -16,6 +16,7 @@ from ..kvcache.align.layer_map import LayerMap
 from ..kvcache.align.time_warp import Alignment
 from ..kvcache.errors import ConfigError
 from ..kvcache.store import KVStore
+from .aligned_teacher import AlignedTeacher
 from .alignment import build_distiller, build_view, kv_dataset
 from .compatibility import require_learnable, require_positions, student_text
 from .config import DistillConfig
@@ -127,7 +128,7 @@ def _summary(
         teacher=survey.teacher_side(),
         student=survey.student_side(config.student),
         similarity=survey.similarity(),
-        layer_map=survey.expanded(flat.view.layer_map),
+        layer_map=survey.expanded(flat.teacher.view.layer_map),
         maps=compare_maps(aligners["flat"], survey.fit, survey.held_out),
         start_loss={mode: start_loss(each, survey.fit, survey.held_out) for mode, each in aligners.items()},
         steps=steps,
@@ -158,15 +159,15 @@ def _distillers(
     # By its numbers, so that a map that has to be found is found once.
     whole = view.layer_map.expand(store.manifest.layers, store.manifest.teacher.num_layers)
     config = replace(config, layer_map=json.dumps({"weights": whole.weights}))
-    found = {"none": KVDistiller(student, view)}
+    found = {"none": KVDistiller(student, [AlignedTeacher(view)])}
     for mode in ("flat", "structured"):
         found[mode] = build_distiller(replace(config, mode=mode), store, student, text, fit).to(student.device)
     return found
 
 
 def _aligner(distiller: KVDistiller) -> Aligner:
-    assert distiller.aligner is not None
-    return distiller.aligner
+    assert distiller.teacher.aligner is not None
+    return distiller.teacher.aligner
 
 
 def _steps(

@@ -11,10 +11,11 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescap
 
 from ..kvcache.files import write_atomic
 from .claims import Claim
-from .plots import frontier, learning_curves, paired_differences, time_by_part
+from .plots import frontier, learning_curves, paired_differences, time_by_part, weights_of_teachers
 from .questions import LOWER_IS_BETTER
 from .results import Results, RunResult, arm_summary
 from .stats import MIN_SEEDS, POWER, Comparison
+from .teacher_weights import COLLAPSED, layer_weights, teacher_weights
 
 
 def write_report(results: Results, folder: Path) -> Path:
@@ -26,6 +27,8 @@ def write_report(results: Results, folder: Path) -> Path:
     }
     if len(results.stores) > 1:
         figures["frontier"] = frontier(results)
+    if any(len(places) > 1 for places in results.arm_stores.values()):
+        figures["teacher_weights"] = weights_of_teachers(results)
     environment = Environment(
         loader=PackageLoader("kvpipe.pipeline", "templates"),
         autoescape=select_autoescape(["html.jinja"]),
@@ -41,8 +44,10 @@ def write_report(results: Results, folder: Path) -> Path:
         "claims": [claim_sentence(claim) for claim in results.claims],
         "summary": {metric: arm_summary(results, metric) for metric in results.comparisons},
         "training": {arm: training_summary(results.runs_of(arm)) for arm in results.arms()},
+        "teachers": teacher_rows(results),
         "lower_is_better": LOWER_IS_BETTER,
         "figures": figures,
+        "collapsed_weight": COLLAPSED,
         "min_seeds": MIN_SEEDS,
         "power": POWER,
     }
@@ -68,6 +73,29 @@ def training_summary(runs: list[RunResult]) -> dict[str, Any]:
         "collapsed": sum(bool(r["collapsed"]) for r in records),
         "absorbed": sum(bool(r["absorbed"]) for r in records),
     }
+
+
+def teacher_rows(results: Results) -> list[dict[str, Any]]:
+    """Of arms with several stores, how much each teacher counted on held-out tokens: mean and range over runs, the mean
+    by layer where layers differ, and how many runs' routers collapsed."""
+    rows = []
+    for arm in results.arms():
+        runs = results.runs_of(arm)
+        for number, place in enumerate(results.arm_stores[arm] if len(results.arm_stores[arm]) > 1 else ()):
+            weights = [found[number] for run in runs if (found := teacher_weights(run.record["metrics"]))]
+            layers = [found for run in runs if (found := layer_weights(run.record["metrics"], number))]
+            rows.append(
+                {
+                    "arm": arm,
+                    "teacher": Path(place).stem,
+                    "mean": sum(weights) / len(weights) if weights else None,
+                    "low": min(weights, default=math.nan),
+                    "high": max(weights, default=math.nan),
+                    "by_layer": [sum(layer) / len(layer) for layer in zip(*layers, strict=True)],
+                    "collapsed": sum(bool(run.record["router_collapsed"]) for run in runs),
+                }
+            )
+    return rows
 
 
 def sentence(comparison: Comparison) -> str:

@@ -22,19 +22,22 @@ from .questions import COMPARED_METRICS, Question
 from .run_directory import RunDirectory
 from .split_hygiene import split_hashes
 from .stats import Comparison, adjust, compare, distribution_free
+from .teacher_weights import teacher_weights
 
 Curve = list[tuple[int, float]]
 
 
 @dataclass(frozen=True)
 class RunResult:
-    """One finished run: its scores and its learning curve of (step, held-out cross-entropy)."""
+    """One finished run: its scores, its learning curve of (step, held-out cross-entropy) and, of several teachers, how
+    much each counted by step."""
 
     name: str
     arm: str
     seed: int
     scores: dict[str, float]
     curve: Curve
+    weights: list[tuple[int, list[float]]]
     record: dict[str, Any]
 
 
@@ -42,7 +45,7 @@ class RunResult:
 class Savings:
     """Measured seconds, and what they would have been with the teacher in every run.
 
-    `online_seconds` takes the same measured parts, with a pass of its store's teacher in every run. A loop that
+    `online_seconds` takes the same measured parts, with a pass of its stores' teachers in every run. A loop that
     asks the teacher again each epoch would cost more.
     """
 
@@ -72,7 +75,7 @@ class Results:
     savings: Savings
     stores: list[dict[str, Any]]
     splits: dict[str, dict[str, str]]
-    arm_stores: dict[str, str]
+    arm_stores: dict[str, list[str]]
     extractions: list[str]
     commands: dict[str, str]
 
@@ -86,8 +89,8 @@ class Results:
         return [run for run in self.runs if run.arm == arm]
 
     def bytes_per_token(self, arm: str) -> float:
-        """Of the store that an arm reads, on disk."""
-        return next(float(s["bytes_per_token"]) for s in self.stores if s["path"] == self.arm_stores[arm])
+        """Of the stores that an arm reads, on disk."""
+        return sum(float(s["bytes_per_token"]) for s in self.stores if s["path"] in self.arm_stores[arm])
 
 
 def collect(config: ExperimentConfig, outcome: ExperimentRuns, runs_dir: Path) -> Results:
@@ -119,13 +122,21 @@ def collect(config: ExperimentConfig, outcome: ExperimentRuns, runs_dir: Path) -
         savings=_savings(config, runs, stores),
         stores=[summarise(store) for store in stores],
         splits={str(store.path): split_hashes(store) for store in stores},
-        arm_stores={arm: str(config.store_of(arm).store) for arm in config.arms},
+        arm_stores={arm: _places(config, arm) for arm in config.arms},
         extractions=[shlex.join(["kvpipe", "extract", *e.flags()]) for e in config.extractions],
         commands={
-            arm: shlex.join(["kvpipe", "distill", "--store", str(config.store_of(arm).store), *recipe.flags()])
+            arm: shlex.join(["kvpipe", "distill", *_store_flags(config, arm), *recipe.flags()])
             for arm, recipe in config.arms.items()
         },
     )
+
+
+def _places(config: ExperimentConfig, arm: str) -> list[str]:
+    return [str(extraction.store) for extraction in config.stores_of(arm)]
+
+
+def _store_flags(config: ExperimentConfig, arm: str) -> list[str]:
+    return [flag for place in _places(config, arm) for flag in ("--store", place)]
 
 
 def _metrics(config: ExperimentConfig) -> list[str]:
@@ -136,11 +147,17 @@ def _metrics(config: ExperimentConfig) -> list[str]:
 def _run_result(name: str, arm: str, seed: int, record: dict[str, Any], runs_dir: Path) -> RunResult:
     logs = RunDirectory(runs_dir / name).read_metrics()
     curve = [(int(entry["step"]), float(entry["eval_ce"])) for entry in logs if "eval_ce" in entry]
+    evaluations = [(int(entry["step"]), teacher_weights(_held_out(entry))) for entry in logs if "eval_ce" in entry]
     scores = {metric: value for metric, value in record["metrics"].items() if value is not None}
     if not curve or curve[-1][0] < record["steps"]:
         curve.append((int(record["steps"]), float(scores["ce"])))
     scores["ce_auc"] = _area(curve)
-    return RunResult(name, arm, seed, scores, curve, record)
+    return RunResult(name, arm, seed, scores, curve, [each for each in evaluations if each[1]], record)
+
+
+def _held_out(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """What a line of a log says of held-out text, under the names of metrics."""
+    return {name.removeprefix("eval_"): value for name, value in entry.items() if name.startswith("eval_")}
 
 
 def _area(curve: Curve) -> float:
@@ -220,7 +237,7 @@ def _savings(config: ExperimentConfig, runs: list[RunResult], stores: list[KVSto
     teacher = {store.path: float(store.extraction["seconds"]) for store in stores}
     with_kv = [run for run in runs if run.record["config"]["mode"] != "none"]
     students = [float(run.record["seconds"]["total"]) for run in with_kv]
-    own_teachers = [teacher[config.store_of(run.arm).store] for run in with_kv]
+    own_teachers = [teacher[read.store] for run in with_kv for read in config.stores_of(run.arm)]
     return Savings(
         teacher_seconds=sum(teacher.values()),
         student_seconds=float(np.mean(students)) if students else 0.0,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,26 +17,29 @@ from .config import DistillConfig
 from .reading import reading
 
 
-def run_identity(config: DistillConfig, store: KVStore) -> dict[str, Any]:
-    """What makes two runs the same run: the recipe and the store's manifest."""
-    return {"config": config.to_dict(), "store": store.manifest.hash}
+def run_identity(config: DistillConfig, stores: Sequence[KVStore]) -> dict[str, Any]:
+    """What makes two runs the same run: the recipe and the stores' manifests, in their order."""
+    return {"config": config.to_dict(), "stores": [store.manifest.hash for store in stores]}
 
 
 def run_of(record: Mapping[str, Any]) -> dict[str, Any]:
     """The identity of a finished run, from its record."""
-    return {"config": record["config"], "store": record["store"]["manifest"]}
+    return {"config": record["config"], "stores": [store["manifest"] for store in record["stores"]]}
 
 
 class RunDirectory:
-    """One run's folder. It belongs to one recipe and one store; another recipe is refused."""
+    """One run's folder. It belongs to one recipe and its stores; another recipe is refused."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.metrics = path / "metrics.jsonl"
         self.predictions = path / "predictions.jsonl"
         self.student = path / "student"
-        self.layer_map = path / "layer_map.json"
         self.checkpoints = path / "checkpoints"
+
+    def teachers(self, number: int) -> list[Path]:
+        """Where the aligner and the layer map of each teacher lie: of one in the folder itself."""
+        return [self.path] if number == 1 else [self.path / f"teacher-{k}" for k in range(number)]
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """The lines of `metrics.jsonl`; one that is still being written does not count."""
@@ -100,7 +103,7 @@ class RunDirectory:
         """A model's folder has a config.json too, and must never be overwritten. (One that is only half written is
         what a killed run left.)"""
         config = _parse(self.path / "config.json")
-        return config is not None and config.keys() == {"config", "store"}
+        return config is not None and config.keys() == {"config", "stores"}
 
     def _require_same(self, identity: dict[str, Any]) -> None:
         if difference := first_difference(identity, _parse(self.path / "config.json") or {}):
@@ -118,8 +121,9 @@ class RunDirectory:
         outputs = [
             self.metrics,
             self.predictions,
-            self.layer_map,
             *self.path.glob("aligner.*"),
+            *self.path.glob("layer_map.json"),
+            *self.path.glob("teacher-*/*"),
             *self.student.rglob("*"),
         ]
         files = file_checksums(self.path, filter(Path.is_file, outputs), flush=True)

@@ -31,7 +31,7 @@ class RunProcess:
     def __init__(
         self,
         config: DistillConfig,
-        store: Path,
+        stores: Sequence[Path],
         run_dir: Path,
         *,
         device: str,
@@ -41,7 +41,7 @@ class RunProcess:
         self.cores = cores
         self._run_dir = run_dir
         run_dir.parent.mkdir(parents=True, exist_ok=True)
-        arguments = (config, store, run_dir, device, cores, report_to)
+        arguments = (config, stores, run_dir, device, cores, report_to)
         self._process: BaseProcess = _context().Process(target=_run, args=arguments, daemon=True)
         self._process.start()
 
@@ -68,7 +68,12 @@ def _context() -> ForkServerContext:
 
 
 def _run(
-    config: DistillConfig, store: Path, run_dir: Path, device: str, cores: list[int], report_to: Sequence[str]
+    config: DistillConfig,
+    stores: Sequence[Path],
+    run_dir: Path,
+    device: str,
+    cores: list[int],
+    report_to: Sequence[str],
 ) -> None:
     with log_path(run_dir).open("wb") as output:
         os.dup2(output.fileno(), 1)
@@ -80,7 +85,7 @@ def _run(
         os.sched_setaffinity(0, cores)
     torch.set_num_threads(len(cores))
     try:
-        distill(config, store, run_dir, device=device, report_to=report_to)
+        distill(config, stores, run_dir, device=device, report_to=report_to)
     except (KVPipeError, DataError, OSError) as error:
         sys.exit(f"{FAILED}{error}")
     except Exception as error:  # noqa: BLE001 - a bug of ours: the log has its traceback, the report its name

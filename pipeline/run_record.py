@@ -25,7 +25,10 @@ def description(
         "config": config.to_dict(),
         "steps": trainer.state.global_step,
         "tokens": trainer.state.num_input_tokens_seen,
-        "parameters": {"student": _trainable(distiller.student), "aligner": _trainable(distiller.aligner)},
+        "parameters": {
+            "student": _trainable(distiller.student),
+            "aligner": _trainable(distiller) - _trainable(distiller.student),
+        },
         "collapsed": trainer.monitor.collapsed,
         "kv_gradient_share": trainer.monitor.gradient_share,
         "absorbed": trainer.monitor.absorbed,
@@ -78,5 +81,5 @@ def _peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def _trainable(module: torch.nn.Module | None) -> int:
-    return sum(p.numel() for p in module.parameters() if p.requires_grad) if module is not None else 0
+def _trainable(module: torch.nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters() if p.requires_grad)

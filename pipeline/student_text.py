@@ -19,12 +19,14 @@ NO_LIMIT = 2**31 - 1
 @dataclass(frozen=True)
 class StudentText:
     """Tokens of all samples of a store: `input_ids` int32 and `segment_ids` int8 `[B, T]`, `length` int32 `[B]`, and
-    `spans` int32 `[B, T, 2]` (characters), None where they are the very tokens that the teacher read."""
+    `spans` int32 `[B, T, 2]` (characters), None where they are the very tokens that the teacher read. `other_text` bool
+    `[B]` is where the teacher read another text after the same prompt."""
 
     input_ids: NDArray[np.int32]
     segment_ids: NDArray[np.int8]
     length: NDArray[np.int32]
     spans: NDArray[np.int32] | None = None
+    other_text: NDArray[np.bool_] | None = None
 
 
 def teachers_tokens(store: KVStore) -> StudentText:
@@ -52,14 +54,16 @@ def own_tokens(store: KVStore, tokenizer: PreTrainedTokenizerBase) -> StudentTex
 
 def resolve_time_map(time_map: str, text: StudentText) -> str:
     """What `auto` stands for: identity for the teacher's own tokens, which every other map would find too, else
-    span-last. Raises ConfigError for an identity of different tokens."""
+    span-last; where some texts differ it stays auto, each sample's own. Raises ConfigError for maps that need the same
+    tokens, or the same text, where they are not."""
     if text.spans is None:
         return "identity"
-    if time_map == "identity":
+    differ = text.other_text is not None and bool(text.other_text.any())
+    if time_map == "identity" or (differ and time_map in ("span-last", "span-mean")):
         raise ConfigError(
-            "student and teacher read different tokens",
-            expected="span-last, span-mean or segment",
-            found="identity",
-            remedy="Mend --time-map, or choose a student with the teacher's tokenizer",
+            "student and teacher read different " + ("text" if differ else "tokens"),
+            expected="auto or segment" if differ else "span-last, span-mean or segment",
+            found=time_map,
+            remedy="Mend --time-map" + ("" if differ else ", or choose a student with the teacher's tokenizer"),
         )
-    return "span-last" if time_map == "auto" else time_map
+    return ("auto" if differ else "span-last") if time_map == "auto" else time_map

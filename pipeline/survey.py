@@ -12,6 +12,7 @@ from ..kvcache.align.layer_map import LayerMap, cka_map
 from ..kvcache.errors import ModelError
 from ..kvcache.layout import dtype_name
 from ..kvcache.store import KVStore
+from .aligned_teacher import AlignedTeacher
 from .distiller import KVDistiller
 from .kv_statistics import KVStatistics, LayerStatistics, finite_tokens
 from .map_quality import PairedMoments
@@ -55,13 +56,13 @@ class Survey:
     """
 
     def __init__(self, flat: KVDistiller, store: KVStore) -> None:
-        view = replace(flat.view, layer_map=LayerMap.identity(store.geometry.num_layers))
-        self.distiller = KVDistiller(flat.student, view)
+        view = replace(flat.teacher.view, layer_map=LayerMap.identity(store.geometry.num_layers))
+        self.distiller = KVDistiller(flat.student, [AlignedTeacher(view)])
         self.fit, self.held_out = PairedMoments(), PairedMoments()
         self._store = store
-        self._layer_map = flat.view.layer_map
-        assert flat.aligner is not None
-        self._aligner: Aligner = flat.aligner
+        self._layer_map = flat.teacher.view.layer_map
+        assert flat.teacher.aligner is not None
+        self._aligner: Aligner = flat.teacher.aligner
         self._cka = CKAMatrix()
         self._statistics = {"teacher": KVStatistics(), "student": KVStatistics()}
         self._nonfinite = {"teacher": 0, "student": 0}

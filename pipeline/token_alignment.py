@@ -17,8 +17,8 @@ Reduce = Literal["last", "mean"]
 
 
 class TokenAlignment:
-    """The time maps of a store's samples for one student: by shared characters (`span-last`, `span-mean`) or by
-    stretching segments (`segment`)."""
+    """The time maps of a store's samples for one student: by shared characters (`span-last`, `span-mean`), by
+    stretching segments (`segment`), or `auto`: span-last, and segment where the texts differ."""
 
     def __init__(self, store: KVStore, text: StudentText, time_map: str) -> None:
         self._store, self._text, self._time_map = store, text, time_map
@@ -33,11 +33,14 @@ class TokenAlignment:
         return sum((coverage(self._sample(index), *self._spans(index)) for index in indices), Alignment())
 
     def _sample(self, index: int) -> SampleMap:
-        if self._time_map == "segment":
+        if self._time_map == "segment" or self._has_other_text(index):
             own, teachers = self._text.segment_ids[index], self._store.segment_ids[index]
             return segment_map(own[: self._text.length[index]], teachers[: self._store.length[index]])
         reduce: Reduce = "mean" if self._time_map == "span-mean" else "last"
         return span_map(*self._spans(index), reduce)
+
+    def _has_other_text(self, index: int) -> bool:
+        return self._text.other_text is not None and bool(self._text.other_text[index])
 
     def _spans(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         own = self._text.spans if self._text.spans is not None else self._store.spans

@@ -21,6 +21,7 @@ from ..kvcache.errors import DivergenceError
 from .checkpoint import load_optimizer, load_rng, save_optimizer, save_rng
 from .config import DistillConfig
 from .distiller import KVDistiller
+from .fused_dataset import FusedDataset
 from .monitor import CollapseMonitor, gradient_share
 from .read_ahead import ReadAhead
 from .reading import reading
@@ -53,7 +54,7 @@ class DistillTrainer(Trainer):
         distiller: KVDistiller,
         arguments: TrainingArguments,
         config: DistillConfig,
-        dataset: KVDataset,
+        dataset: KVDataset | FusedDataset,
         batches: ShuffledBatches,
         evaluate_fn: Evaluate,
     ) -> None:
@@ -92,14 +93,14 @@ class DistillTrainer(Trainer):
     # ------------------------------------------------------------------ optimisation
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """AdamW with the aligner at its own learning rate; no weight decay on biases and norms."""
+        """AdamW with aligners and router at their own learning rate; no weight decay on biases and norms."""
         if self.optimizer is None:
             distiller = model if model is not None else self.model
             decayed = set(self.get_decay_parameter_names(distiller))
             groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
             for name, parameter in distiller.named_parameters():
                 if parameter.requires_grad:
-                    groups.setdefault((".aligner." in f".{name}", name in decayed), []).append(parameter)
+                    groups.setdefault((".student." not in f".{name}", name in decayed), []).append(parameter)
             optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, distiller)
             self.optimizer = optimizer_class(
                 [
@@ -131,14 +132,14 @@ class DistillTrainer(Trainer):
 
     def _looks_at_target(self, distiller: KVDistiller, mask: Tensor) -> bool:
         """Now and then, where training can move it at all. A few tokens have no variance to speak of."""
-        moves = distiller.aligner is not None and distiller.aligner.target_moves
-        return moves and self.state.global_step % self.args.logging_steps == 0 and int(mask.sum()) >= MIN_TOKENS
+        due = self.state.global_step % self.args.logging_steps == 0
+        return distiller.target_moves and due and int(mask.sum()) >= MIN_TOKENS
 
     def _looks_at_gradients(self, distiller: KVDistiller) -> bool:
         """Now and then, where there is an aligner to absorb anything, and once all of the loss is there."""
         due = self.state.global_step % (SHARE_EVERY * self.args.logging_steps) == 0
         warm = all(distiller.progress >= term.warmup for term in distiller.terms)
-        return due and warm and distiller.aligner is not None and distiller.kv_weight > 0
+        return due and warm and distiller.projects and distiller.kv_weight > 0
 
     def _check_collapse(self, target: Tensor, mask: Tensor) -> None:
         self.monitor.update(target, mask)

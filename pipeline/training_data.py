@@ -59,30 +59,37 @@ class KVDataset(Dataset[Batch]):
         return self.store.num_samples
 
     def __getitems__(self, indices: Sequence[int]) -> Batch:
-        rows = np.asarray(indices)
-        width = int(self.text.length[rows].max())
-        segments = self.text.segment_ids[rows, :width]
-        input_ids = self.text.input_ids[rows, :width].astype(np.int64)
+        return self.student(indices) | (self.teacher(indices) if self.reader is not None else {})
+
+    def student(self, indices: Sequence[int]) -> Batch:
+        """The student's side of a batch."""
+        segments = self._segments(indices)
+        input_ids = self.text.input_ids[np.asarray(indices), : segments.shape[1]].astype(np.int64)
         learned = (segments != Segment.PADDING) & (segments != Segment.PROMPT)
-        batch = {
+        return {
             "input_ids": torch.from_numpy(input_ids),
             "attention_mask": torch.from_numpy((segments != Segment.PADDING).astype(np.int64)),
             "labels": torch.from_numpy(np.where(learned, input_ids, IGNORED)),
         }
-        return batch if self.reader is None else batch | self._teacher(self.reader, indices, segments)
 
-    def _teacher(self, reader: KVReader, indices: Sequence[int], segments: NDArray[np.int8]) -> Batch:
-        kv, positions = reader.read_with_positions(indices)
+    def _segments(self, indices: Sequence[int]) -> NDArray[np.int8]:
+        rows = np.asarray(indices)
+        return self.text.segment_ids[rows, : int(self.text.length[rows].max())]
+
+    def teacher(self, indices: Sequence[int]) -> Batch:
+        """The teacher's side of a batch. Only of a dataset `with_kv`."""
+        assert self.reader is not None
+        kv, positions = self.reader.read_with_positions(indices)
         batch = {"teacher_kv": kv}
         if self.with_queries:
-            batch["teacher_queries"] = reader.read_queries(indices)
+            batch["teacher_queries"] = self.reader.read_queries(indices)
         if self.alignment is not None:
             time_map = self.alignment.of(indices, positions)
             batch |= {"time_index": time_map.index, "time_weight": time_map.weight}
         elif positions is not None:
             batch["kv_positions"] = positions
         if self.segments is not None:
-            batch["kv_mask"] = torch.from_numpy(np.isin(segments, self.segments).astype(np.int64))
+            batch["kv_mask"] = torch.from_numpy(np.isin(self._segments(indices), self.segments).astype(np.int64))
         if positions is not None:
             batch["teacher_positions"] = positions
         if self.control is None:

@@ -106,5 +106,5 @@ def test_a_run_that_diverges_is_no_result(broken_teacher: MakeTeacher, tmp_path:
     for steps in (3, 15):
         config = DistillConfig(mode="none", learning_rate=1e9, max_steps=steps, max_new_tokens=4)
         with pytest.raises(DivergenceError, match=r"diverged at step \d+: .*Lower --learning-rate"):
-            distill(config, store.path, tmp_path / f"run{steps}")
+            distill(config, [store.path], tmp_path / f"run{steps}")
         assert not (tmp_path / f"run{steps}" / "run.json").exists()

@@ -114,7 +114,7 @@ store, folder, epochs, victim = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.ar
 
 def run(name, epochs):
     config = DistillConfig(mode="structured", epochs=epochs, batch_size=8, max_new_tokens=4)
-    distill(config, store, folder / name)
+    distill(config, [store], folder / name)
 
 def evaluations():
     metrics = folder / "long" / "metrics.jsonl"

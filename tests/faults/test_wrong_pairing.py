@@ -149,17 +149,17 @@ def test_a_store_of_another_extraction_is_refused_by_the_field(
 def test_a_run_of_another_store_is_refused(make_store: MakeStore, tmp_path: Path, tally: Tally) -> None:
     store, _ = make_store([5, 40])
     run = RunDirectory(tmp_path / "run")
-    own = run_identity(DistillConfig(), store)
+    own = run_identity(DistillConfig(), [store])
     run.claim(own, overwrite=False)
     hashes = {store.manifest.hash}
     for number, (name, value) in enumerate(FIELDS.items()):
         path = resealed(store.path, tmp_path / f"{number}.zarr", with_field(store.manifest.to_dict(), name, value))
-        other = run_identity(DistillConfig(), KVStore.open(path))
+        other = run_identity(DistillConfig(), [KVStore.open(path)])
         with pytest.raises(ConfigError) as refusal:
             run.require_free(other, overwrite=False)
-        sentence = f"holds another run (store differs): expected {other['store']}, found {own['store']}. "
+        sentence = f"holds another run (stores differs): expected {other['stores']}, found {own['stores']}. "
         assert sentence in str(refusal.value)
-        hashes.add(other["store"])
+        hashes.update(other["stores"])
     assert len(hashes) == len(FIELDS) + 1
     run.require_free(own, overwrite=False)
     assert json.loads((run.path / "config.json").read_text()) == own
@@ -171,9 +171,9 @@ def test_a_run_of_another_store_is_refused(make_store: MakeStore, tmp_path: Path
 def test_a_run_of_another_recipe_is_refused_by_the_field(make_store: MakeStore, tmp_path: Path, tally: Tally) -> None:
     store, _ = make_store([5, 40])
     run, config = RunDirectory(tmp_path / "run"), DistillConfig()
-    run.claim(run_identity(config, store), overwrite=False)
+    run.claim(run_identity(config, [store]), overwrite=False)
     for name, value in RECIPE.items():
-        other = with_field(run_identity(config, store), f"config.{name}", value)
+        other = with_field(run_identity(config, [store]), f"config.{name}", value)
         with pytest.raises(ConfigError) as refusal:
             run.require_free(other, overwrite=False)
         sentence = f"(config.{name} differs): expected {value}, found {getattr(config, name)}. "

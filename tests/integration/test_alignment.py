@@ -238,7 +238,7 @@ def test_shuffling_is_for_training_alone(workplace: Path, record_of: Any) -> Non
 
 
 def test_evicted_tokens_and_chosen_segments_leave_less_to_compare(record_of: Any) -> None:
-    assert record_of("other evicted")["store"]["tokens_kept"] == pytest.approx(0.5, abs=0.05)
+    assert record_of("other evicted")["stores"][0]["tokens_kept"] == pytest.approx(0.5, abs=0.05)
     found = {record_of(name)["metrics"]["nmse_key"] for name in ("other evicted", "other evicted segments", "auto")}
     assert len(found) == 3
 

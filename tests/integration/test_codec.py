@@ -64,7 +64,7 @@ def student(folder: Path, name: str) -> bytes:
 
 
 def store_of_run(folder: Path, name: str) -> Any:
-    return json.loads((folder / name / "run.json").read_text())["store"]
+    return json.loads((folder / name / "run.json").read_text())["stores"][0]
 
 
 @pytest.mark.usefixtures("said")

@@ -195,7 +195,7 @@ def test_held_out_text_that_is_in_the_training_text_stops_an_experiment(
 def test_a_run_keeps_to_its_cores(store: Path, tmp_path: Path) -> None:
     core = max(os.sched_getaffinity(0))
     before = {child.pid for child in multiprocessing.active_children()}
-    run = RunProcess(DistillConfig(max_steps=10**6), store, tmp_path / "runs" / "x", device="cpu", cores=[core])
+    run = RunProcess(DistillConfig(max_steps=10**6), [store], tmp_path / "runs" / "x", device="cpu", cores=[core])
     try:
         (pid,) = {child.pid for child in multiprocessing.active_children()} - before
         assert pid is not None

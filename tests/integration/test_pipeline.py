@@ -124,7 +124,7 @@ def test_the_arms_of_a_seed_are_paired(run_of: Callable[[str], Path]) -> None:
     assert set(pairings[0]) == {"student_init", "data_order", "eval_samples"}
     assert all(pairing == pairings[0] for pairing in pairings)
     assert len({record["parameters"]["student"] for record in records}) == 1
-    assert len({record["store"]["manifest"] for record in records}) == 1
+    assert len({record["stores"][0]["manifest"] for record in records}) == 1
     assert len({record["metrics"]["ce"] for record in records}) == len(ARMS), "every arm trained in its own way"
 
 

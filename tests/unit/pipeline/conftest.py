@@ -225,7 +225,7 @@ def _run_record(name: str, recipe: DistillConfig, ce: float) -> dict[str, Any]:
         "seconds": {"setup": 1.0, "train": 6.0, "data_wait": 0.5, "evaluation": 1.0, "total": 8.0 + recipe.seed},
         "data_wait_share": 0.083,
         "teacher_forwards": 0,
-        "store": {"path": "stores/teacher.zarr", "manifest": "f" * 16},
+        "stores": [{"path": "stores/teacher.zarr", "manifest": "f" * 16}],
         "versions": {"python": "3.11", "kvpipe": "0.1.0"},
         "pairing": {"student_init": f"i{recipe.seed}", "data_order": f"o{recipe.seed}", "eval_samples": "e"},
     }

@@ -16,6 +16,7 @@ from kvpipe.kvcache.align.layer_map import cka_map, layer_map
 from kvpipe.kvcache.align.teacher_view import KeySpace
 from kvpipe.kvcache.errors import ConfigError, StoreError
 from kvpipe.kvcache.store import KVStore
+from kvpipe.pipeline.aligned_teacher import AlignedTeacher
 from kvpipe.pipeline.alignment import build_distiller, build_view, kv_dataset, layer_similarity, training_dataset
 from kvpipe.pipeline.config import DistillConfig
 from kvpipe.pipeline.distiller import KVDistiller
@@ -82,12 +83,14 @@ def build(
     """A recipe's distiller and the batches that it trains on."""
     config, text = DistillConfig(**recipe), text or teachers_tokens(store)
     train = store.indices("train").tolist()
-    return build_distiller(config, store, student, text, train), training_dataset(config, store, text, train)
+    return build_distiller(config, store, student, text, train), training_dataset(
+        config, store, text, train, config.kv_control
+    )
 
 
 def teachers_side(store: KVStore, student: PreTrainedModel, **recipe: Any) -> tuple[Tensor, Tensor]:
     distiller, dataset = build(store, student, **recipe)
-    return distiller.teacher_side(dataset.__getitems__(ROWS))
+    return distiller.teacher.teacher_side(dataset.__getitems__(ROWS))
 
 
 # ---------------------------------------------------------------------- key spaces
@@ -181,7 +184,7 @@ def test_of_a_store_that_evicts_some_segments_are_compared(
     text = same_tokens(store) if own_text else None
     distiller, dataset = build(evicted, student, text, kv_segments="prompt,answer")
     batch = dataset.__getitems__(ROWS)
-    kept, mask = distiller.teacher_side(batch)
+    kept, mask = distiller.teacher.teacher_side(batch)
     whole, _ = teachers_side(store, student)
     segments = torch.from_numpy(store.segment_ids[ROWS])
     _, positions = dataset.reader.read_with_positions(ROWS) if dataset.reader else (None, None)
@@ -191,7 +194,8 @@ def test_of_a_store_that_evicts_some_segments_are_compared(
         assert 0 < len(places) == int(mask[row].sum())
         found = kept[:, :, row, :, mask[row].bool()]
         torch.testing.assert_close(found, whole[:, :, row][..., places, :], rtol=1e-4, atol=1e-4)
-    _, ours = distiller.student_side(batch)
+    _, student_kv = distiller.student_forward(batch["input_ids"], batch["attention_mask"])
+    ours = distiller.teacher.student_side(student_kv, batch)
     assert ours.shape[4] == kept.shape[4]
 
 
@@ -201,9 +205,9 @@ def test_of_a_store_that_evicts_some_segments_are_compared(
 @pytest.mark.parametrize("name", ["ratio", "skip", "uniform", "last", '{"layers":[0.0,2.0]}'])
 def test_a_named_map_is_that_of_the_two_depths(store: KVStore, student: PreTrainedModel, name: str) -> None:
     distiller, dataset = build(store, student, layer_map=name)
-    assert distiller.view.layer_map == layer_map(name, LAYERS, TEACHER_LAYERS)
+    assert distiller.teacher.view.layer_map == layer_map(name, LAYERS, TEACHER_LAYERS)
     kv = dataset.__getitems__(ROWS)["teacher_kv"]
-    assert torch.equal(distiller.view.teacher(kv), layer_map(name, LAYERS, TEACHER_LAYERS).apply(kv))
+    assert torch.equal(distiller.teacher.view.teacher(kv), layer_map(name, LAYERS, TEACHER_LAYERS).apply(kv))
 
 
 @pytest.mark.parametrize("recipe", [{}, {"key_space": "pre-rope"}, {"time_map": "span-mean"}])
@@ -214,11 +218,11 @@ def test_the_map_by_cka_follows_the_students_layers_as_they_are(
     config, train = DistillConfig(layer_map="cka", **recipe), store.indices("train").tolist()
     view = build_view(config, store, student, text, train)
     plain = replace(view, layer_map=layer_map("ratio", TEACHER_LAYERS, TEACHER_LAYERS))
-    ours, theirs = rows_of(KVDistiller(student, plain), kv_dataset(config, store, text), train)
+    ours, theirs = rows_of(KVDistiller(student, [AlignedTeacher(plain)]), kv_dataset(config, store, text), train)
     similarity = torch.tensor(
         [[sum(linear_cka(x[kind], y[kind]) for kind in range(2)) / 2 for y in theirs] for x in ours]
     )
-    found = layer_similarity(KVDistiller(student, plain), kv_dataset(config, store, text), train)
+    found = layer_similarity(KVDistiller(student, [AlignedTeacher(plain)]), kv_dataset(config, store, text), train)
     torch.testing.assert_close(found.float(), similarity, rtol=1e-4, atol=1e-5)
     weights, expected = (torch.tensor(m.weights) for m in (view.layer_map, cka_map(found)))
     torch.testing.assert_close(weights, expected)
@@ -246,7 +250,7 @@ def test_a_store_of_some_layers_serves_the_maps_that_use_no_other(
         StoreError, match=r"expected 0, 1, 2, 3, found 1, 3\. .*--layers 0,1,2,3, or all.*missing: 0, 2"
     ):
         build(some, student, layer_map="uniform")
-    used = build(some, student, layer_map="cka")[0].view.layer_map
+    used = build(some, student, layer_map="cka")[0].teacher.view.layer_map
     assert (used.num_student_layers, used.num_teacher_layers) == (LAYERS, 2)
 
 
@@ -257,8 +261,8 @@ def fitted_rows(distiller: KVDistiller, store: KVStore, dataset: KVDataset) -> t
     """Student and normalised teacher `[L, 2, N, F]` of all training tokens, in float64. A frozen map's student is
     normalised as well."""
     ours, theirs = rows_of(distiller, dataset, store.indices("train").tolist())
-    assert distiller.aligner is not None
-    if distiller.aligner.config.direction == "teacher-to-student-frozen":
+    assert distiller.teacher.aligner is not None
+    if distiller.teacher.aligner.config.direction == "teacher-to-student-frozen":
         ours = standardised(ours)
     return ours, standardised(theirs)
 
@@ -281,8 +285,8 @@ def test_a_closed_form_start_is_the_ridge_of_all_training_tokens(
     store: KVStore, student: PreTrainedModel, mode: str, layers: int
 ) -> None:
     distiller, dataset = build(store, student, mode=mode, start="closed-form")
-    assert distiller.aligner is not None
-    projection = distiller.aligner.projection
+    assert distiller.teacher.aligner is not None
+    projection = distiller.teacher.aligner.projection
     assert isinstance(projection, LinearProjection)
     ours, theirs = fitted_rows(distiller, store, dataset)
     for layer in range(layers):
@@ -298,10 +302,10 @@ def test_a_closed_form_start_is_the_ridge_of_all_training_tokens(
 def test_a_frozen_map_goes_from_the_teacher_to_the_student_and_stays(store: KVStore, student: PreTrainedModel) -> None:
     """Fitted, though nobody asked for a closed-form start."""
     distiller, dataset = build(store, student, mode="flat", direction="teacher-to-student-frozen")
-    assert distiller.aligner is not None
-    projection = distiller.aligner.projection
+    assert distiller.teacher.aligner is not None
+    projection = distiller.teacher.aligner.projection
     assert isinstance(projection, LinearProjection)
-    assert not any(parameter.requires_grad for parameter in distiller.aligner.parameters())
+    assert not any(parameter.requires_grad for parameter in distiller.teacher.aligner.parameters())
     ours, theirs = fitted_rows(distiller, store, dataset)
     for layer, kind in ((0, 0), (0, 1), (1, 0), (1, 1)):
         weight, bias = ridge_by_hand(theirs[layer, kind], ours[layer, kind])
@@ -325,9 +329,9 @@ def test_a_closed_form_start_is_nearer_than_a_random_one(
     errors = {}
     for start in ("random", "closed-form"):
         distiller, dataset = build(store, student, **{**recipe, "start": "closed-form"})
-        assert distiller.aligner is not None
+        assert distiller.teacher.aligner is not None
         if start == "random":
-            distiller.aligner.projection = Aligner(distiller.aligner.config).projection
+            distiller.teacher.aligner.projection = Aligner(distiller.teacher.aligner.config).projection
         with torch.no_grad():
             errors[start] = float(distiller(**dataset.__getitems__(store.indices("test").tolist()))["kv"])
     assert errors["closed-form"] < errors["random"]
@@ -362,12 +366,12 @@ FLAT = FEATURES * TEACHER_FEATURES
 def test_the_aligner_is_as_large_as_the_recipe_says(
     store: KVStore, student: PreTrainedModel, recipe: dict[str, Any], expected: int
 ) -> None:
-    assert weights_of(build(store, student, **recipe)[0].aligner) == expected
+    assert weights_of(build(store, student, **recipe)[0].teacher.aligner) == expected
 
 
 def test_modes_that_need_no_projection_have_none(store: KVStore, student: PreTrainedModel) -> None:
-    assert build(store, student, mode="none")[0].aligner is None
-    assert build(store, student, mode="identity", kv_loss="relation,cka")[0].aligner is None
+    assert build(store, student, mode="none")[0].teacher.aligner is None
+    assert build(store, student, mode="identity", kv_loss="relation,cka")[0].teacher.aligner is None
     with pytest.raises(ConfigError, match=r"differ in shape.* expected 4 KV heads of 32 channels, found 2 of 6"):
         build(store, student, mode="identity")
 

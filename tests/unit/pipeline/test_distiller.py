@@ -10,6 +10,7 @@ from kvpipe.kvcache.align.aligner import Aligner, AlignerConfig, Direction, Mode
 from kvpipe.kvcache.align.head_projection import KVSpace
 from kvpipe.kvcache.align.layer_map import layer_map
 from kvpipe.kvcache.align.teacher_view import TeacherView
+from kvpipe.pipeline.aligned_teacher import AlignedTeacher
 from kvpipe.pipeline.distiller import KVDistiller
 from kvpipe.pipeline.loss_terms import parse_kv_loss
 from kvpipe.pipeline.losses import IGNORED, kv_mse
@@ -53,7 +54,7 @@ def make_distiller(
             teacher=TEACHER,
         )
     )
-    return KVDistiller(student, ratio_view(student), aligner, parse_kv_loss("mse"), kv_weight)
+    return KVDistiller(student, [AlignedTeacher(ratio_view(student), aligner)], parse_kv_loss("mse"), kv_weight)
 
 
 def ratio_view(student: PreTrainedModel) -> TeacherView:
@@ -61,15 +62,15 @@ def ratio_view(student: PreTrainedModel) -> TeacherView:
 
 
 def without_kv(student: PreTrainedModel) -> KVDistiller:
-    return KVDistiller(student, ratio_view(student))
+    return KVDistiller(student, [AlignedTeacher(ratio_view(student))])
 
 
 def kv_loss(distiller: KVDistiller, batch: dict[str, Tensor]) -> Tensor:
     """The KV part of the loss, with its graph and nothing of the cross-entropy's."""
-    assert distiller.aligner is not None
+    assert distiller.teacher.aligner is not None
     _, student_kv = distiller.student_forward(batch["input_ids"], batch["attention_mask"])
-    teacher_kv = distiller.view.teacher(batch["teacher_kv"])
-    return kv_mse(*distiller.aligner(student_kv, teacher_kv), batch["attention_mask"])
+    teacher_kv = distiller.teacher.view.teacher(batch["teacher_kv"])
+    return kv_mse(*distiller.teacher.aligner(student_kv, teacher_kv), batch["attention_mask"])
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
@@ -192,5 +193,5 @@ def test_a_few_steps_lower_the_kv_loss_on_a_fixed_target(make_model: MakeModel, 
         outputs["loss"].backward()
         optimizer.step()
         losses.append(outputs["kv"].item())
-        assert torch.equal(outputs["target"], distiller.view.teacher(batch["teacher_kv"]))
+        assert torch.equal(outputs["target"], distiller.teacher.view.teacher(batch["teacher_kv"]))
     assert losses[-1] < 0.5 * losses[0]

@@ -14,6 +14,7 @@ from kvpipe.kvcache.align.layer_map import LayerMap
 from kvpipe.kvcache.align.teacher_view import TeacherView
 from kvpipe.kvcache.store import KVStore
 from kvpipe.pipeline import evaluate
+from kvpipe.pipeline.aligned_teacher import AlignedTeacher
 from kvpipe.pipeline.distiller import KVDistiller
 from kvpipe.pipeline.evaluate import evaluate_answers, evaluate_tokens
 from kvpipe.pipeline.kv_moments import teacher_moments
@@ -43,14 +44,15 @@ def stored(make_segmented_store: Callable[..., Stored]) -> Stored:
 
 
 def make_distiller(student: PreTrainedModel, store: KVStore, mode: Mode | None) -> KVDistiller:
-    distiller = KVDistiller(student, TeacherView(LayerMap.one_hot(LAYER_MAP, 3)))
+    distiller = KVDistiller(student, [AlignedTeacher(TeacherView(LayerMap.one_hot(LAYER_MAP, 3)))])
     if mode is None:
         return distiller
     config = student.config
     space = KVSpace(config.num_key_value_heads, config.head_dim)
     torch.manual_seed(4)
-    distiller.aligner = Aligner(AlignerConfig(mode, "student-to-teacher", len(LAYER_MAP), space, TEACHER))
-    distiller.aligner.normalise_teacher.set_moments(*teacher_moments(distiller, KVDataset(store, with_kv=True), ALL))
+    aligner = Aligner(AlignerConfig(mode, "student-to-teacher", len(LAYER_MAP), space, TEACHER))
+    aligner.normalise_teacher.set_moments(*teacher_moments(distiller, KVDataset(store, with_kv=True), ALL))
+    distiller.teacher.aligner = aligner
     return distiller
 
 
@@ -98,7 +100,7 @@ def test_agreement_of_the_caches_is_a_loop_over_unpadded_samples(
     for index, length in enumerate(LENGTHS):
         ids = torch.from_numpy(store.input_ids[index, :length].astype(np.int64))[None]
         _, kv = distiller.student_forward(ids, torch.ones_like(ids))
-        prediction, target = distiller.aligner(kv, teacher[index][list(LAYER_MAP)][:, :, None])
+        prediction, target = distiller.teacher.aligner(kv, teacher[index][list(LAYER_MAP)][:, :, None])
         predictions.append(prediction[:, :, 0].detach().double())
         targets.append(target[:, :, 0].double())
         students.append(kv[:, :, 0].detach())

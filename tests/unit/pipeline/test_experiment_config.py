@@ -129,12 +129,12 @@ def test_arms_may_read_stores_of_their_own(write: Write) -> None:
     experiment = load_experiment(write(text))
     assert experiment.arms["flat"] == load_experiment(write(GOOD)).arms["flat"]
     own = replace(experiment.extract, codec="int4", store=Path("stores/qwen-small.zarr"))
-    assert experiment.store_of("none") == experiment.extract
-    assert experiment.store_of("flat") == own
+    assert experiment.stores_of("none") == (experiment.extract,)
+    assert experiment.stores_of("flat") == (own,)
     assert experiment.extractions == [experiment.extract, own]
-    assert {(run.arm, run.store) for run in experiment.runs} == {
-        ("none", experiment.extract.store),
-        ("flat", own.store),
+    assert {(run.arm, run.stores) for run in experiment.runs} == {
+        ("none", (experiment.extract.store,)),
+        ("flat", (own.store,)),
     }
 
 

@@ -23,7 +23,6 @@ from kvpipe.pipeline.kv_losses import (
     kv_relation,
     kv_smooth_l1,
     kv_structural,
-    kv_weighted_mse,
     per_layer_std,
 )
 from kvpipe.pipeline.loss_terms import KVBatch
@@ -59,7 +58,7 @@ def both_sides(batch: KVBatch) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
 
 def attention_mse(batch: KVBatch) -> Tensor:
     prediction, target, mask = batch.aligned
-    return kv_weighted_mse(prediction, target, attention_weights(*both_sides(batch)[:2], mask), mask)
+    return kv_mse(prediction, target, mask, attention_weights(*both_sides(batch)[:2], mask))
 
 
 LOSSES: dict[str, Callable[[KVBatch], Tensor]] = {
@@ -297,4 +296,4 @@ def test_attention_weights_are_what_tokens_get_and_one_in_the_mean_of_a_sample()
 def test_weights_of_one_leave_the_squared_error() -> None:
     prediction, target, mask = kv_batch().aligned
     ones = torch.ones(2, 3, 5, dtype=torch.float64)
-    torch.testing.assert_close(kv_weighted_mse(prediction, target, ones, mask), kv_mse(prediction, target, mask))
+    torch.testing.assert_close(kv_mse(prediction, target, mask, ones), kv_mse(prediction, target, mask))

@@ -12,6 +12,7 @@ from kvpipe.kvcache.align.layer_map import LayerMap, layer_map
 from kvpipe.kvcache.align.teacher_view import TeacherView
 from kvpipe.kvcache.store import KVStore
 from kvpipe.pipeline import kv_moments as module
+from kvpipe.pipeline.aligned_teacher import AlignedTeacher
 from kvpipe.pipeline.distiller import KVDistiller
 from kvpipe.pipeline.kv_moments import teacher_moments
 from kvpipe.pipeline.training_data import KVDataset
@@ -31,7 +32,7 @@ def stored(make_segmented_store: MakeStore) -> Stored:
 
 @pytest.fixture
 def distiller(make_model: Callable[..., PreTrainedModel]) -> KVDistiller:
-    return KVDistiller(make_model(), TeacherView(LayerMap.identity(3)))
+    return KVDistiller(make_model(), [AlignedTeacher(TeacherView(LayerMap.identity(3)))])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -66,7 +67,9 @@ def test_moments_are_those_of_mapped_layers(stored: Stored, make_model: Callable
     store, kv = stored
     uniform = layer_map("uniform", 2, 3)
     view = TeacherView(uniform)
-    mean, std = teacher_moments(KVDistiller(make_model(), view), KVDataset(store, with_kv=True), range(10))
+    mean, std = teacher_moments(
+        KVDistiller(make_model(), [AlignedTeacher(view)]), KVDataset(store, with_kv=True), range(10)
+    )
     mixed = uniform.apply(torch.cat(kv, dim=3).double())
     torch.testing.assert_close(mean[:, :, 0, :, 0].double(), mixed.mean(3), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(std[:, :, 0, :, 0].double(), mixed.std(3, correction=0), rtol=1e-5, atol=1e-5)

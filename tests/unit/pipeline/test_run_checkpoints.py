@@ -11,7 +11,7 @@ from kvpipe.kvcache.errors import ConfigError
 from kvpipe.pipeline.run_checkpoints import SealedCheckpoints, last_checkpoint, seal_checkpoint
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-RUN: dict[str, Any] = {"config": {"seed": 0}, "store": "f00"}
+RUN: dict[str, Any] = {"config": {"seed": 0}, "stores": ["f00"]}
 
 
 def make(folder: Path, step: object, *, sealed: bool = True) -> Path:

@@ -13,8 +13,8 @@ from kvpipe.kvcache.store import KVStore
 from kvpipe.pipeline.config import DistillConfig
 from kvpipe.pipeline.run_directory import RunDirectory, run_identity
 
-IDENTITY: dict[str, Any] = {"config": {"mode": "flat", "seed": 0}, "store": "f00"}
-OTHER: dict[str, Any] = {"config": {"mode": "flat", "seed": 1}, "store": "f00"}
+IDENTITY: dict[str, Any] = {"config": {"mode": "flat", "seed": 0}, "stores": ["f00"]}
+OTHER: dict[str, Any] = {"config": {"mode": "flat", "seed": 1}, "stores": ["f00"]}
 
 
 def finish(run: RunDirectory) -> None:
@@ -22,7 +22,7 @@ def finish(run: RunDirectory) -> None:
     run.predictions.write_text('{"id": "0"}\n')
     run.student.mkdir()
     (run.student / "model.safetensors").write_bytes(b"weights")
-    run.finish({"metrics": {"ce": 3}, "config": IDENTITY["config"], "store": {"manifest": IDENTITY["store"]}})
+    run.finish({"metrics": {"ce": 3}, "config": IDENTITY["config"], "stores": [{"manifest": IDENTITY["stores"][0]}]})
 
 
 def test_a_run_claims_a_new_or_empty_folder_and_may_come_back(tmp_path: Path) -> None:
@@ -136,9 +136,9 @@ def test_another_runs_record_with_all_that_it_counts_on_is_refused(tmp_path: Pat
 
 def test_the_identity_is_the_recipe_and_the_store(make_segmented_store: Callable[..., tuple[KVStore, Any]]) -> None:
     store, _ = make_segmented_store([5, 6])
-    identity = run_identity(DistillConfig(), store)
-    assert identity == {"config": DistillConfig().to_dict(), "store": store.manifest.hash}
-    assert identity != run_identity(DistillConfig(seed=1), store)
+    identity = run_identity(DistillConfig(), [store])
+    assert identity == {"config": DistillConfig().to_dict(), "stores": [store.manifest.hash]}
+    assert identity != run_identity(DistillConfig(seed=1), [store])
     assert json.loads(json.dumps(identity)) == identity
 
 

@@ -1,0 +1,153 @@
+"""From a recipe to the alignment of several stores with one student: each on its own, then how much each counts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from scipy.cluster.vq import kmeans2
+from torch import Tensor
+from transformers import PreTrainedModel, set_seed
+
+from ..kvcache.align.aligner import Aligner
+from ..kvcache.align.closed_form import GramMoments, r2, ridge
+from ..kvcache.align.fusion import (
+    BestOfFusion,
+    FixedFusion,
+    Fusion,
+    LearnedFusion,
+    SimilarityFusion,
+    token_rows,
+)
+from ..kvcache.align.normalisation import Normalisation
+from ..kvcache.errors import ConfigError
+from .alignment import FIT_SAMPLES, build_distiller, kv_dataset, training_dataset
+from .channel_moments import Moments
+from .config import DistillConfig
+from .distiller import KVDistiller
+from .fused_dataset import FusedDataset
+from .matched_stores import MatchedStore
+from .paired_kv import PairedKV, paired_kv
+from .training_data import KVDataset
+
+MAX_ROWS = 4096
+"""Tokens that prototypes are made of: enough for a few points a layer."""
+
+
+def build_fused_distiller(
+    config: DistillConfig, stores: Sequence[MatchedStore], student: PreTrainedModel, train: Sequence[int]
+) -> KVDistiller:
+    """The student with the teachers of all stores; of one store, as `build_distiller` makes it. `train` are positions
+    in the first store. Raises ConfigError or StoreError where recipe, stores and student do not fit together."""
+    config.require_fusion(len(stores))
+    alone: list[KVDistiller] = []
+    moments: Moments | None = None
+    for matched in stores:
+        rows = _common(config, matched, train)
+        alone.append(build_distiller(config, matched.store, student, matched.text, rows, moments))
+        # Averaged targets lie in one space: all are held against the same student.
+        moments = moments or _student_moments(alone[0].teacher.aligner)
+    if len(stores) == 1:
+        return alone[0]
+    fusion = _fusion(config, stores, alone, train) if alone[0].terms else FixedFusion([1.0] * len(stores))
+    teachers = [distiller.teacher for distiller in alone]
+    return KVDistiller(student, teachers, alone[0].terms, config.kv_weight, fusion, config.router_entropy)
+
+
+def fused_dataset(config: DistillConfig, stores: Sequence[MatchedStore]) -> KVDataset | FusedDataset:
+    """The batches that a recipe is evaluated on."""
+    datasets = [kv_dataset(config, matched.store, matched.text, queries=False) for matched in stores]
+    return datasets[0] if len(stores) == 1 else FusedDataset(datasets, stores)
+
+
+def fused_training_dataset(
+    config: DistillConfig, stores: Sequence[MatchedStore], train: Sequence[int]
+) -> KVDataset | FusedDataset:
+    """The batches that a recipe learns from, each store behind its own control."""
+    controls = config.kv_controls(len(stores))
+    datasets = [
+        training_dataset(config, matched.store, matched.text, matched.of(train), control)
+        for matched, control in zip(stores, controls, strict=True)
+    ]
+    return datasets[0] if len(stores) == 1 else FusedDataset(datasets, stores)
+
+
+def _common(config: DistillConfig, matched: MatchedStore, train: Sequence[int]) -> list[int]:
+    rows = matched.of(train)
+    if not rows:
+        raise ConfigError(
+            f"{matched.store.path} has none of the first store's training samples",
+            expected=f"some of {len(train)}",
+            found=0,
+            remedy="Extract it from the same --dataset, --samples and --seed, or raise --samples",
+        )
+    return rows
+
+
+def _student_moments(aligner: Aligner | None) -> Moments | None:
+    if aligner is None or not isinstance(aligner.normalise_student, Normalisation):
+        return None
+    return aligner.normalise_student.mean, aligner.normalise_student.std
+
+
+def _fusion(
+    config: DistillConfig, stores: Sequence[MatchedStore], alone: Sequence[KVDistiller], train: Sequence[int]
+) -> Fusion:
+    if config.fusion == "fixed":
+        return FixedFusion(config.teacher_weights or [1.0] * len(stores))
+    pairs = [
+        (_aligner(distiller), distiller, kv_dataset(config, m.store, m.text, queries=False), m.of(train)[:FIT_SAMPLES])
+        for distiller, m in zip(alone, stores, strict=True)
+    ]
+    if config.fusion == "best-of":
+        return BestOfFusion(torch.stack([_held_out_r2(*pair) for pair in pairs]))
+    if config.fusion == "similarity":
+        prototypes = [_prototypes(*pair, config.fusion_prototypes, config.seed) for pair in pairs]
+        return SimilarityFusion(prototypes, config.fusion_temperature, config.fusion_per)
+    space = pairs[0][0].config.student
+    layers = pairs[0][0].config.num_layers
+    set_seed(config.seed)
+    return LearnedFusion(len(stores), layers, layers * 2 * space.features, config.fusion_per, config.router)
+
+
+def _aligner(distiller: KVDistiller) -> Aligner:
+    assert distiller.teacher.aligner is not None
+    return distiller.teacher.aligner.to(distiller.student.device)
+
+
+def _held_out_r2(
+    aligner: Aligner, distiller: KVDistiller, dataset: KVDataset, rows: Sequence[int]
+) -> Float[Tensor, " L"]:
+    """Of a ridge map in the aligner's direction, fitted to half of the samples, on the other half; the mean over key
+    and value and all channels."""
+    halves = rows[: max(1, len(rows) // 2)], rows[len(rows) // 2 :]
+    moments = []
+    for half in halves:
+        moments.append(GramMoments())
+        for pair in paired_kv(distiller, dataset, half):
+            moments[-1].update(*_sides(aligner, pair), pair.mask)
+    return r2(*ridge(moments[0]), moments[1]).mean(dim=(1, 2)).float()
+
+
+def _sides(aligner: Aligner, pair: PairedKV) -> tuple[Tensor, Tensor]:
+    """What is mapped, and what it is mapped to."""
+    student, teacher = aligner.normalise_student(pair.student), aligner.normalise_teacher(pair.teacher)
+    return (student, teacher) if aligner.config.direction == "student-to-teacher" else (teacher, student)
+
+
+def _prototypes(
+    aligner: Aligner, distiller: KVDistiller, dataset: KVDataset, rows: Sequence[int], number: int, seed: int
+) -> Float[Tensor, "L P F"]:
+    """The centres of so many clusters of a teacher's target, layer by layer; of one its mean."""
+    found = []
+    with torch.no_grad():
+        for pair in paired_kv(distiller, dataset, rows):
+            _, target = aligner(pair.student, pair.teacher)
+            found.append(token_rows(target)[:, pair.mask.bool()])
+    tokens = torch.cat(found, dim=1)[:, :MAX_ROWS].double()
+    if number == 1:
+        return tokens.mean(dim=1, keepdim=True).float()
+    number = min(number, tokens.shape[1])
+    centres = [kmeans2(layer.cpu().numpy(), number, minit="++", rng=seed)[0] for layer in tokens]
+    return torch.stack([torch.from_numpy(points) for points in centres]).to(tokens.device).float()
