@@ -66,7 +66,7 @@ def test_a_control_that_reads_another_store_is_none(make_experiment: MakeExperim
     finished = make_experiment(dict.fromkeys(RECIPES, 0.9) | {"flat": 0.4}, recipes=RECIPES, comparisons=EVERY)
     comparisons = collect(finished.config, finished.outcome, finished.runs_dir).comparisons["ce"]
     stores = {"small": replace(finished.config.extract, codec="int4")}
-    (claim,) = claims(replace(finished.config, stores=stores, arm_stores={"random": "small"}), comparisons)
+    (claim,) = claims(replace(finished.config, stores=stores, arm_stores={"random": ("small",)}), comparisons)
     assert claim.missing == ("random KV",)
 
 

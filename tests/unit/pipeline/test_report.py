@@ -208,7 +208,7 @@ def test_numbers_that_are_not_there_are_dashes() -> None:
 def test_several_stores_have_a_frontier(make_experiment: MakeExperiment, tmp_path: Path) -> None:
     pairs = [Question("none", "flat", 0.1), Question("structured", "flat", 0.1)]
     results = results_of(make_experiment(ARMS, comparisons=pairs))
-    arm_stores = {arm: "small.zarr" if arm == "structured" else "large.zarr" for arm in ARMS}
+    arm_stores = {arm: ["small.zarr" if arm == "structured" else "large.zarr"] for arm in ARMS}
     sizes = {"large.zarr": 2000.0, "small.zarr": 250.0}
     stores = [{**results.stores[0], "path": path, "bytes_per_token": size} for path, size in sizes.items()]
     splits = dict.fromkeys(sizes, next(iter(results.splits.values())))

@@ -113,7 +113,7 @@ def test_an_online_run_pays_for_the_teacher_of_its_own_store_alone(
     finished = make_experiment(ARMS, seeds=2)
     other, _ = make_segmented_store([5, 9, 12])
     stores = {"other": replace(finished.config.extract, store=other.path)}
-    config = replace(finished.config, stores=stores, arm_stores={"flat": "other"})
+    config = replace(finished.config, stores=stores, arm_stores={"flat": ("other",)})
     savings = collect(config, finished.outcome, finished.runs_dir).savings
     assert savings.teacher_seconds == 2 * 12.5
     assert savings.offline_seconds == pytest.approx(2 * 12.5 + 4 * 8.5)
