@@ -33,7 +33,10 @@ def distill(
         bool, typer.Option("--random-init", help="Start from random weights even where there are trained ones.")
     ] = False,
     output_dir: Annotated[
-        Path | None, typer.Option(help="The run's folder. \\[default: runs/<mode>-seed<seed>]")
+        Path | None,
+        typer.Option(
+            help="The run's folder. \\[default: runs/<mode>-seed<seed>, with fusion and control where there are any]"
+        ),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a run that is already there.")] = False,
     layer_map: Annotated[
@@ -229,18 +232,22 @@ def distill(
         report_to=report_to or (),
     )
     metrics, seconds = record["metrics"], record["seconds"]
-    shown = [f"{name} {value:.4f}" for name, value in metrics.items() if value is not None]
+    weights = teacher_weights(metrics)
+    shown = [
+        f"{name} {value:.4f}"
+        for name, value in metrics.items()
+        if value is not None and not name.startswith("fusion_weight")
+    ]
     typer.echo(f"{folder}: {', '.join(shown)}")
     typer.echo(
         f"{record['steps']} steps in {seconds['train']:.1f} s, {record['data_wait_share']:.1%} of it waiting for data; "
         f"aligner {record['parameters']['aligner']:,} parameters; teacher forwards: {record['teacher_forwards']}."
     )
     if len(record["stores"]) > 1:
-        weights = zip(record["stores"], teacher_weights(metrics), strict=False)
-        shown = [f"{Path(read['path']).stem} {weight:.2f}" for read, weight in weights]
+        by_teacher = [f"{Path(read['path']).stem} {w:.2f}" for read, w in zip(record["stores"], weights, strict=False)]
         typer.echo(
-            f"{record['common_samples']} of {record['train_samples']} training samples are in all stores; "
-            f"weights: {', '.join(shown) or 'none'}."
+            f"{record['common_samples']} of {record['train_samples']} training samples are in all stores"
+            + (f"; weights: {', '.join(by_teacher)}." if by_teacher else ".")
         )
     if record["router_collapsed"]:
         typer.secho(

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from ..pipeline.experiment import ExperimentRuns
     from ..pipeline.experiment_config import ExperimentConfig
+    from ..pipeline.finished_runs import ExperimentRuns
 
-experiment = typer.Typer(help="Compare recipes over paired seeds, from one store.", no_args_is_help=True)
+experiment = typer.Typer(help="Compare recipes over paired seeds, from stores.", no_args_is_help=True)
 
 Config = Annotated[Path, typer.Argument(help="An experiment file, e.g. experiments/ab.toml.")]
 Overrides = Annotated[
@@ -42,19 +42,24 @@ def run(
     runs_dir: RunsDir = None,
 ) -> None:
     """Extract if needed, run what is missing, and write the report. Finished runs are not repeated."""
-    from ..pipeline.experiment import run_experiment
     from ..pipeline.experiment_config import load_experiment
+    from ..pipeline.finished_runs import settled_runs
 
     parsed = load_experiment(config, overrides or ())
     runs = runs_dir or Path("runs") / parsed.name
-    _report(parsed, run_experiment(parsed, runs, jobs, report_to or ()), runs, report_dir)
+    if (outcome := settled_runs(parsed, runs)) is None:
+        # What trains takes seconds to import.
+        from ..pipeline.experiment import run_experiment
+
+        outcome = run_experiment(parsed, runs, jobs, report_to or ())
+    _report(parsed, outcome, runs, report_dir)
 
 
 @experiment.command()
 def report(config: Config, overrides: Overrides = None, report_dir: ReportDir = None, runs_dir: RunsDir = None) -> None:
     """Write the report of the runs that are finished, without running anything."""
-    from ..pipeline.experiment import finished_runs
     from ..pipeline.experiment_config import load_experiment
+    from ..pipeline.finished_runs import finished_runs
 
     parsed = load_experiment(config, overrides or ())
     runs = runs_dir or Path("runs") / parsed.name

@@ -171,17 +171,23 @@ def fit_aligner(
     aligner: Aligner, method: ClosedForm, distiller: KVDistiller, dataset: KVDataset, indices: Sequence[int]
 ) -> None:
     """Start the projection from its closed form, fitted to the student as it is now."""
-    moments = GramMoments()
-    for pair in paired_kv(distiller, dataset, indices[:FIT_SAMPLES]):
-        sides = [aligner.normalise_student(pair.student), aligner.normalise_teacher(pair.teacher)]
-        if aligner.config.direction != "student-to-teacher":
-            sides.reverse()
-        moments.update(sides[0], sides[1], pair.mask)
+    moments = gram_moments(aligner, distiller, dataset, indices[:FIT_SAMPLES])
     projection = aligner.projection
     assert isinstance(projection, LinearProjection)
     if len(projection.bias) == 1:
         moments = moments.pooled()
     projection.start_from(*closed_form(method, moments))
+
+
+def gram_moments(aligner: Aligner, distiller: KVDistiller, dataset: KVDataset, indices: Sequence[int]) -> GramMoments:
+    """Of what an aligner maps and what it maps that to, both normalised, over the compared tokens of some samples."""
+    moments = GramMoments()
+    for pair in paired_kv(distiller, dataset, indices):
+        sides = [aligner.normalise_student(pair.student), aligner.normalise_teacher(pair.teacher)]
+        if aligner.config.direction != "student-to-teacher":
+            sides.reverse()
+        moments.update(sides[0], sides[1], pair.mask)
+    return moments
 
 
 @torch.no_grad()

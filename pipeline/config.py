@@ -161,9 +161,15 @@ class DistillConfig:
         for name, fusions in FUSION_OPTIONS.items():
             if getattr(self, name) != type(self).__dataclass_fields__[name].default and self.fusion not in fusions:
                 raise FieldError(name, f"it with --fusion {' or '.join(fusions)} alone", getattr(self, name))
+        if self.mode == "none" and (self.fusion != "fixed" or self.fusion_weights is not None):
+            raise FieldError("mode", "one that uses KV with a fusion", self.mode)
+        if self.fusion == "similarity" and self.direction == "teacher-to-student-joint":
+            raise FieldError(
+                "fusion", "another with direction teacher-to-student-joint, whose target moves", self.fusion
+            )
         if self.router != "linear" and self.fusion_per == "layer":
             raise FieldError("router", "linear with fusion_per layer, which looks at nothing", self.router)
-        weights = self.teacher_weights
+        weights = self._fusion_weights
         if weights is not None and not (all(0 <= w < math.inf for w in weights) and sum(weights) > 0):
             raise FieldError("fusion_weights", "numbers of 0 or more with a positive sum", self.fusion_weights)
 
@@ -180,15 +186,19 @@ class DistillConfig:
                 if getattr(self, name) != type(self).__dataclass_fields__[name].default:
                     raise FieldError(name, "several stores (--store A --store B) with it", getattr(self, name))
             return
-        weights = self.teacher_weights
-        if weights is not None and len(weights) != num_stores:
-            raise FieldError("fusion_weights", f"{num_stores} numbers, one a store", self.fusion_weights)
+        self.weights_of_stores(num_stores)
         if self.mode != "none" and not weighs_tokens(parse_kv_loss(self.kv_loss)):
             raise FieldError("kv_loss", f"only {', '.join(POINTWISE)} with several stores", self.kv_loss)
 
+    def weights_of_stores(self, num_stores: int) -> list[float]:
+        """`fusion_weights` as numbers, one for each of so many stores. Raises FieldError where it has others."""
+        weights = self._fusion_weights or [1.0] * num_stores
+        if len(weights) != num_stores:
+            raise FieldError("fusion_weights", f"{num_stores} numbers, one a store", self.fusion_weights)
+        return weights
+
     @property
-    def teacher_weights(self) -> list[float] | None:
-        """`fusion_weights` as numbers, one a store."""
+    def _fusion_weights(self) -> list[float] | None:
         if self.fusion_weights is None:
             return None
         try:

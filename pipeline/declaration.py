@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+import shlex
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,12 @@ from ..kvcache.files import write_atomic
 from .experiment_config import ExperimentConfig
 from .reading import reading
 
+MACHINE: dict[str, Any] = {"device": "auto", "batch_size": None}
+"""Options of an extraction that say how, not what."""
+
 
 def declaration(config: ExperimentConfig) -> dict[str, Any]:
-    """What an experiment file says of how its runs are compared, as JSON has it."""
+    """What an experiment file says of how its runs are compared and what they read, as JSON has it."""
     return {
         "primary_metric": config.primary_metric,
         "greater_is_better": config.greater_is_better,
@@ -22,6 +26,7 @@ def declaration(config: ExperimentConfig) -> dict[str, Any]:
         "budget": config.budget.to_dict(),
         "eval_splits": sorted({recipe.eval_split for recipe in config.arms.values()}),
         "comparisons": [asdict(question) for question in config.comparisons],
+        "extractions": [shlex.join(replace(read, **MACHINE).flags()) for read in config.extractions],
     }
 
 
@@ -30,15 +35,22 @@ def declare(config: ExperimentConfig, runs_dir: Path) -> None:
     write_atomic(_path(runs_dir), (json.dumps(declaration(config), indent=1) + "\n").encode())
 
 
-def changed_since(config: ExperimentConfig, runs_dir: Path) -> list[str] | None:
-    """What the file says otherwise than it did before the first run was finished; None where nobody kept that. Raises
-    ConfigError for a file that is no declaration."""
+def kept_declaration(runs_dir: Path) -> dict[str, Any] | None:
+    """What `declare` wrote; None where nobody did. Raises ConfigError for a file that is no declaration."""
     path = _path(runs_dir)
     if not path.exists():
         return None
     with reading(path, "Put it back, or delete it: reports then cannot say what was asked first"):
-        kept = dict(json.loads(path.read_bytes()))
-    return [name for name, said in declaration(config).items() if kept.get(name) != said]
+        return dict(json.loads(path.read_bytes()))
+
+
+def changed_since(config: ExperimentConfig, runs_dir: Path) -> list[str] | None:
+    """What the file says otherwise than it did before the first run was finished; None where nobody kept that. Raises
+    what `kept_declaration` does."""
+    kept = kept_declaration(runs_dir)
+    if kept is None:
+        return None
+    return [name for name, said in declaration(config).items() if name in kept and kept[name] != said]
 
 
 def _path(runs_dir: Path) -> Path:

@@ -80,6 +80,7 @@ def distill(
     """
     require_one_process("distill")
     require_trackers(report_to)
+    config.require_fusion(len(store_paths))
     started = time.perf_counter()
     resolved = resolve_device(device)
     stores = [KVStore.open(path) for path in store_paths]

@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..kvcache.align.fusion import Fusion, entropy
+from ..kvcache.align.fusion import Fusion, LearnedFusion, SimilarityFusion, entropy
 from ..kvcache.capture import CaptureCache
 from ..kvcache.layout import stack_past_kv
 from ..kvcache.queries import recorded_queries
@@ -25,7 +25,7 @@ class KVDistiller(nn.Module):
     """`loss = cross-entropy + kv_weight * KV loss`, from one student forward.
 
     Of several `teachers`, `fusion` says how much each counts; `router_entropy` times the entropy of these weights is
-    taken off the KV loss. Without `terms` only the cross-entropy is left: the no-KV control. `progress` is the share of
+    taken off the loss. Without `terms` only the cross-entropy is left: the no-KV control. `progress` is the share of
     the run that is done, for losses that warm up.
     """
 
@@ -62,18 +62,18 @@ class KVDistiller(nn.Module):
         input_ids: Int[Tensor, "B T"],
         attention_mask: Int[Tensor, "B T"],
         labels: Int[Tensor, "B T"],
-        **teachers: Tensor,
+        **teacher_batch: Tensor,
     ) -> dict[str, Tensor]:
         """`loss` and its part `ce`; with teacher KV also `kv` and each of several terms, of several teachers each one's
         mean `fusion_weight_<number>`, the `target` that was compared with, the `target_mask` `[B, T]` of its real
         tokens, and `kv_loss`, weighted and with its graph.
 
-        `teachers` is what a `KVDataset` puts into a batch, of several a `FusedDataset`.
+        `teacher_batch` is what a `KVDataset` puts into a batch, of several a `FusedDataset`.
         """
-        if not self.terms or not teachers:
+        if not self.terms or not teacher_batch:
             ce = next_token_loss(self.student(input_ids, attention_mask=attention_mask, use_cache=False).logits, labels)
             return {"loss": ce, "ce": ce.detach()}
-        batch = {"input_ids": input_ids, "attention_mask": attention_mask, **teachers}
+        batch = {"input_ids": input_ids, "attention_mask": attention_mask, **teacher_batch}
         logits, compared, weights = self.compare(batch)
         ce = next_token_loss(logits, labels)
         if weights is not None:
@@ -137,7 +137,7 @@ class KVDistiller(nn.Module):
     def target_moves(self) -> bool:
         """Whether training can change what the student is compared with."""
         moving = any(t.aligner is not None and t.aligner.target_moves for t in self.teachers)
-        routed = self.fusion is not None and any(True for _ in self.fusion.parameters())
+        routed = isinstance(self.fusion, SimilarityFusion | LearnedFusion)
         return moving or (routed and self.fuses_targets)
 
     def student_forward(

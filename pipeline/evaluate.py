@@ -49,6 +49,8 @@ class KVAgreement:
 
     def update(self, compared: KVBatch) -> None:
         student, teacher, mask = compared.student_kv, compared.teacher_kv, compared.mask
+        if not mask.any():
+            return
         self._cka = self._cka or [(LinearCKA(), LinearCKA()) for _ in student]
         for layer, pair in enumerate(self._cka):
             for kv, cka in enumerate(pair):
@@ -96,7 +98,7 @@ def evaluate_tokens(
             logits, compared, weights = distiller.compare(batch)
             for agreement, each in zip(agreements, compared, strict=True):
                 agreement.update(each)
-            if weights is not None:
+            if weights is not None and distiller.terms:
                 mean_weights.update(weights)
         else:
             logits, _ = distiller.student_forward(batch["input_ids"], batch["attention_mask"])

@@ -4,42 +4,28 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.progress import Progress, TaskID
 
 from ..kvcache.errors import ConfigError
 from ..kvcache.lock import only_writer
-from ..kvcache.manifest import hash_json
-from ..kvcache.store import KVStore
-from .config import DistillConfig
 from .declaration import declare
 from .experiment_config import ExperimentConfig
-from .experiment_status import experiment_status, progress_of
+from .experiment_status import progress_of
 from .extract import extract
+from .finished_runs import ExperimentRuns, is_finished, read_records, require_comparable
 from .models import resolve_device
 from .progress import progress_bar
 from .ranks import require_one_process
-from .run_directory import RunDirectory, run_identity
+from .run_directory import RunDirectory
 from .run_process import RunProcess
-from .split_hygiene import require_disjoint_splits, split_hashes
 from .trackers import require_trackers
 
 POLL_SECONDS = 0.5
-
-
-@dataclass(frozen=True)
-class ExperimentRuns:
-    """What came of the grid: records by run name, the error of each failed run, and how long this call took for its
-    runs (0 where none was missing)."""
-
-    records: dict[str, dict[str, Any]]
-    failures: dict[str, str]
-    wall_seconds: float
 
 
 def run_experiment(
@@ -67,14 +53,14 @@ def _run(
     config: ExperimentConfig, runs_dir: Path, jobs: int, report_to: Sequence[str], *, on_gpu: bool
 ) -> ExperimentRuns:
     stores = {extraction.store: extract(extraction).store for extraction in config.extractions}
-    _require_comparable(config, stores)
+    require_comparable(config, stores)
     if on_gpu:
         # The teacher is gone; what torch still holds for it, the runs can use.
         torch.cuda.empty_cache()
     waiting = [
         run
         for run in config.runs
-        if not _is_finished(runs_dir / run.name, run.recipe, [stores[place] for place in run.stores])
+        if not is_finished(runs_dir / run.name, run.recipe, [stores[place] for place in run.stores])
     ]
     if len(waiting) == len(config.runs):
         declare(config, runs_dir)
@@ -91,7 +77,7 @@ def _run(
                 )
             time.sleep(POLL_SECONDS)
             grid.poll()
-    return ExperimentRuns(_records(config, runs_dir), grid.failures, time.perf_counter() - start if ran else 0.0)
+    return ExperimentRuns(read_records(config, runs_dir), grid.failures, time.perf_counter() - start if ran else 0.0)
 
 
 def _cores() -> list[int]:
@@ -104,49 +90,6 @@ def shares_of_cores(cores: Sequence[int], jobs: int) -> list[list[int]]:
     cores."""
     size = max(1, len(cores) // jobs)
     return [[cores[(job * size + place) % len(cores)] for place in range(size)] for job in range(jobs)]
-
-
-def finished_runs(config: ExperimentConfig, runs_dir: Path) -> ExperimentRuns:
-    """What is there already, without running anything. Raises StoreError for an incomplete store, ConfigError for
-    held-out text that is in the training text, and where a folder holds another run than the file's."""
-    stores = {extraction.store: KVStore.open(extraction.store) for extraction in config.extractions}
-    for store in stores.values():
-        store.require_complete()
-    _require_comparable(config, stores)
-    for run in config.runs:
-        _is_finished(runs_dir / run.name, run.recipe, [stores[place] for place in run.stores])
-    records = _records(config, runs_dir)
-    failed = (run for run in experiment_status(config, runs_dir) if run.state == "failed" and run.name not in records)
-    return ExperimentRuns(records, {run.name: run.said for run in failed}, 0.0)
-
-
-def _require_comparable(config: ExperimentConfig, stores: Mapping[Path, KVStore]) -> None:
-    """Every text once: splits that are disjoint, and the same for arms that are compared."""
-    splits = {place: split_hashes(store) for place, store in stores.items()}
-    for store in {hash_json(splits[place]): store for place, store in stores.items()}.values():
-        require_disjoint_splits(store)
-    for question in config.comparisons:
-        arm, control = (config.stores_of(name)[0].store for name in (question.arm, question.control))
-        if splits[arm] != splits[control]:
-            raise ConfigError(
-                f"{question.arm} and {question.control} cannot be compared: {arm} and {control} hold other text",
-                expected=splits[control],
-                found=splits[arm],
-                remedy="Compare arms whose stores are of the same samples, with the same reasoning",
-            )
-
-
-def _records(config: ExperimentConfig, runs_dir: Path) -> dict[str, dict[str, Any]]:
-    return {run.name: record for run in config.runs if (record := RunDirectory(runs_dir / run.name).read_record())}
-
-
-def _is_finished(path: Path, recipe: DistillConfig, stores: Sequence[KVStore]) -> bool:
-    """Whether the run is there already. Raises ConfigError where its folder holds another run."""
-    run = RunDirectory(path)
-    if run.read_record() is None:
-        return False
-    run.require_free(run_identity(recipe, stores), overwrite=False)
-    return True
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, set_seed
 
 from ..kvcache.align.aligner import Aligner
-from ..kvcache.align.closed_form import GramMoments, r2, ridge
+from ..kvcache.align.closed_form import r2, ridge
 from ..kvcache.align.fusion import (
     BestOfFusion,
     FixedFusion,
@@ -22,13 +22,13 @@ from ..kvcache.align.fusion import (
 )
 from ..kvcache.align.normalisation import Normalisation
 from ..kvcache.errors import ConfigError
-from .alignment import FIT_SAMPLES, build_distiller, kv_dataset, training_dataset
+from .alignment import FIT_SAMPLES, build_distiller, gram_moments, kv_dataset, training_dataset
 from .channel_moments import Moments
 from .config import DistillConfig
 from .distiller import KVDistiller
 from .fused_dataset import FusedDataset
 from .matched_stores import MatchedStore
-from .paired_kv import PairedKV, paired_kv
+from .paired_kv import BATCH, paired_kv
 from .training_data import KVDataset
 
 MAX_ROWS = 4096
@@ -40,7 +40,6 @@ def build_fused_distiller(
 ) -> KVDistiller:
     """The student with the teachers of all stores; of one store, as `build_distiller` makes it. `train` are positions
     in the first store. Raises ConfigError or StoreError where recipe, stores and student do not fit together."""
-    config.require_fusion(len(stores))
     alone: list[KVDistiller] = []
     moments: Moments | None = None
     for matched in stores:
@@ -50,7 +49,7 @@ def build_fused_distiller(
         moments = moments or _student_moments(alone[0].teacher.aligner)
     if len(stores) == 1:
         return alone[0]
-    fusion = _fusion(config, stores, alone, train) if alone[0].terms else FixedFusion([1.0] * len(stores))
+    fusion = _fusion(config, stores, alone, train)
     teachers = [distiller.teacher for distiller in alone]
     return KVDistiller(student, teachers, alone[0].terms, config.kv_weight, fusion, config.router_entropy)
 
@@ -95,7 +94,7 @@ def _fusion(
     config: DistillConfig, stores: Sequence[MatchedStore], alone: Sequence[KVDistiller], train: Sequence[int]
 ) -> Fusion:
     if config.fusion == "fixed":
-        return FixedFusion(config.teacher_weights or [1.0] * len(stores))
+        return FixedFusion(config.weights_of_stores(len(stores)))
     pairs = [
         (_aligner(distiller), distiller, kv_dataset(config, m.store, m.text, queries=False), m.of(train)[:FIT_SAMPLES])
         for distiller, m in zip(alone, stores, strict=True)
@@ -121,31 +120,24 @@ def _held_out_r2(
 ) -> Float[Tensor, " L"]:
     """Of a ridge map in the aligner's direction, fitted to half of the samples, on the other half; the mean over key
     and value and all channels."""
-    halves = rows[: max(1, len(rows) // 2)], rows[len(rows) // 2 :]
-    moments = []
-    for half in halves:
-        moments.append(GramMoments())
-        for pair in paired_kv(distiller, dataset, half):
-            moments[-1].update(*_sides(aligner, pair), pair.mask)
-    return r2(*ridge(moments[0]), moments[1]).mean(dim=(1, 2)).float()
+    half = len(rows) // 2
+    fit, held_out = (gram_moments(aligner, distiller, dataset, part) for part in (rows[: max(1, half)], rows[half:]))
+    return r2(*ridge(fit), held_out).mean(dim=(1, 2)).float()
 
 
-def _sides(aligner: Aligner, pair: PairedKV) -> tuple[Tensor, Tensor]:
-    """What is mapped, and what it is mapped to."""
-    student, teacher = aligner.normalise_student(pair.student), aligner.normalise_teacher(pair.teacher)
-    return (student, teacher) if aligner.config.direction == "student-to-teacher" else (teacher, student)
-
-
+@torch.no_grad()
 def _prototypes(
     aligner: Aligner, distiller: KVDistiller, dataset: KVDataset, rows: Sequence[int], number: int, seed: int
 ) -> Float[Tensor, "L P F"]:
     """The centres of so many clusters of a teacher's target, layer by layer; of one its mean."""
+    # A share of every batch's tokens, so that all samples are seen and few tokens held.
+    share = max(1, MAX_ROWS * BATCH // len(rows))
     found = []
-    with torch.no_grad():
-        for pair in paired_kv(distiller, dataset, rows):
-            _, target = aligner(pair.student, pair.teacher)
-            found.append(token_rows(target)[:, pair.mask.bool()])
-    tokens = torch.cat(found, dim=1)[:, :MAX_ROWS].double()
+    for pair in paired_kv(distiller, dataset, rows):
+        _, target = aligner(pair.student, pair.teacher)
+        tokens = token_rows(target)[:, pair.mask.bool()]
+        found.append(tokens[:, :: max(1, -(-tokens.shape[1] // share))].double())
+    tokens = torch.cat(found, dim=1)
     if number == 1:
         return tokens.mean(dim=1, keepdim=True).float()
     number = min(number, tokens.shape[1])

@@ -24,7 +24,7 @@ class FusedDataset(Dataset[Batch]):
     """Indexed by whole batches of positions in the first store. A batch holds the student's side as a `KVDataset` has
     it, and every teacher's under its names with `.<number>` behind them.
 
-    On samples that a store lacks its teacher's `kv_mask` is 0; nothing is read for them.
+    On samples that a store lacks its teacher's `kv_mask` is 0, and its tensors hold nothing.
     """
 
     def __init__(self, datasets: Sequence[KVDataset], stores: Sequence[MatchedStore]) -> None:
@@ -53,6 +53,7 @@ class FusedDataset(Dataset[Batch]):
         size, width = attention_mask.shape
         if "time_index" not in own:
             own["teacher_kv"] = _padded(own["teacher_kv"], -2, width)
+            own |= {name: _padded(own[name], 1, width) for name in ("teacher_positions",) if name in own}
         own |= {name: _padded(own[name], 1, width) for name in STUDENT_TOKENS if name in own}
         own = {name: _spread(tensor, BATCH_AXIS.get(name, 0), places, size) for name, tensor in own.items()}
         if not there.all():

@@ -101,11 +101,13 @@ def _prompt(store: KVStore, index: int) -> str:
 def _require_same_prompts(first: KVStore, store: KVStore, rows: NDArray[np.int64], found: NDArray[np.int64]) -> None:
     differing = [int(i) for i in found if _prompt(first, int(i)) != _prompt(store, int(rows[i]))]
     if differing or not len(found):
-        example = f", the first {first.records[differing[0]]['id']}" if differing else ""
+        example = f"the first {first.records[differing[0]]['id']}" if differing else ""
         raise StoreError(
             f"{first.path} and {store.path} are not over the same prompts",
             expected="samples of the same ids with the same prompts",
-            found=f"{len(differing)} of {len(found)} common ids with another prompt{example}",
+            found=f"{len(differing)} of {len(found)} common ids with another prompt, {example}"
+            if example
+            else "no common id",
             remedy="Extract all teachers from the same --dataset, --samples and --seed",
         )
 

@@ -107,7 +107,7 @@ def frontier(results: Results) -> str:
 def weights_of_teachers(results: Results) -> str:
     """How much each teacher of an arm with several counted on held-out tokens by step, a panel an arm: the mean of its
     seeds, and their range."""
-    arms = [arm for arm in results.arms() if len(results.arm_stores[arm]) > 1]
+    arms = [arm for arm in results.arms() if any(run.weights for run in results.runs_of(arm))]
     figure = Figure(figsize=(6.4, 0.6 + 1.5 * len(arms)), layout="constrained")
     panels = figure.subplots(len(arms), squeeze=False, sharex=True)[:, 0]
     colours = dict(zip(dict.fromkeys(p for arm in arms for p in results.arm_stores[arm]), cycle(COLOURS), strict=False))

@@ -27,7 +27,7 @@ def write_report(results: Results, folder: Path) -> Path:
     }
     if len(results.stores) > 1:
         figures["frontier"] = frontier(results)
-    if any(len(places) > 1 for places in results.arm_stores.values()):
+    if teachers := teacher_rows(results):
         figures["teacher_weights"] = weights_of_teachers(results)
     environment = Environment(
         loader=PackageLoader("kvpipe.pipeline", "templates"),
@@ -44,7 +44,7 @@ def write_report(results: Results, folder: Path) -> Path:
         "claims": [claim_sentence(claim) for claim in results.claims],
         "summary": {metric: arm_summary(results, metric) for metric in results.comparisons},
         "training": {arm: training_summary(results.runs_of(arm)) for arm in results.arms()},
-        "teachers": teacher_rows(results),
+        "teachers": teachers,
         "lower_is_better": LOWER_IS_BETTER,
         "figures": figures,
         "collapsed_weight": COLLAPSED,
@@ -83,14 +83,16 @@ def teacher_rows(results: Results) -> list[dict[str, Any]]:
         runs = results.runs_of(arm)
         for number, place in enumerate(results.arm_stores[arm] if len(results.arm_stores[arm]) > 1 else ()):
             weights = [found[number] for run in runs if (found := teacher_weights(run.record["metrics"]))]
+            if not weights:
+                continue
             layers = [found for run in runs if (found := layer_weights(run.record["metrics"], number))]
             rows.append(
                 {
                     "arm": arm,
                     "teacher": Path(place).stem,
-                    "mean": sum(weights) / len(weights) if weights else None,
-                    "low": min(weights, default=math.nan),
-                    "high": max(weights, default=math.nan),
+                    "mean": sum(weights) / len(weights),
+                    "low": min(weights),
+                    "high": max(weights),
                     "by_layer": [sum(layer) / len(layer) for layer in zip(*layers, strict=True)],
                     "collapsed": sum(bool(run.record["router_collapsed"]) for run in runs),
                 }

@@ -15,8 +15,8 @@ from ..kvcache.store import KVStore
 from ..kvcache.summary import summarise
 from .claims import Claim, claims
 from .declaration import changed_since, declaration
-from .experiment import ExperimentRuns
 from .experiment_config import ExperimentConfig
+from .finished_runs import ExperimentRuns
 from .held_out_scores import CheckpointPair, HeldOutScores, checkpoint_pairs, read_scores, sample_differences
 from .questions import COMPARED_METRICS, Question
 from .run_directory import RunDirectory
@@ -89,8 +89,10 @@ class Results:
         return [run for run in self.runs if run.arm == arm]
 
     def bytes_per_token(self, arm: str) -> float:
-        """Of the stores that an arm reads, on disk."""
-        return sum(float(s["bytes_per_token"]) for s in self.stores if s["path"] in self.arm_stores[arm])
+        """Of the stores that an arm reads, on disk, for each token of the first."""
+        stores = {store["path"]: store for store in self.stores}
+        read = [stores[path] for path in self.arm_stores[arm]]
+        return sum(float(s["bytes_per_token"]) * s["tokens"] for s in read) / int(read[0]["tokens"])
 
 
 def collect(config: ExperimentConfig, outcome: ExperimentRuns, runs_dir: Path) -> Results:
@@ -146,13 +148,14 @@ def _metrics(config: ExperimentConfig) -> list[str]:
 
 def _run_result(name: str, arm: str, seed: int, record: dict[str, Any], runs_dir: Path) -> RunResult:
     logs = RunDirectory(runs_dir / name).read_metrics()
-    curve = [(int(entry["step"]), float(entry["eval_ce"])) for entry in logs if "eval_ce" in entry]
-    evaluations = [(int(entry["step"]), teacher_weights(_held_out(entry))) for entry in logs if "eval_ce" in entry]
+    evaluated = [(int(entry["step"]), _held_out(entry)) for entry in logs if "eval_ce" in entry]
     scores = {metric: value for metric, value in record["metrics"].items() if value is not None}
-    if not curve or curve[-1][0] < record["steps"]:
-        curve.append((int(record["steps"]), float(scores["ce"])))
+    if not evaluated or evaluated[-1][0] < record["steps"]:
+        evaluated.append((int(record["steps"]), scores))
+    curve = [(step, float(metrics["ce"])) for step, metrics in evaluated]
+    weights = [(step, found) for step, metrics in evaluated if (found := teacher_weights(metrics))]
     scores["ce_auc"] = _area(curve)
-    return RunResult(name, arm, seed, scores, curve, [each for each in evaluations if each[1]], record)
+    return RunResult(name, arm, seed, scores, curve, weights, record)
 
 
 def _held_out(entry: Mapping[str, Any]) -> dict[str, Any]:

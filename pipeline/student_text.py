@@ -64,6 +64,7 @@ def resolve_time_map(time_map: str, text: StudentText) -> str:
             "student and teacher read different " + ("text" if differ else "tokens"),
             expected="auto or segment" if differ else "span-last, span-mean or segment",
             found=time_map,
-            remedy="Mend --time-map" + ("" if differ else ", or choose a student with the teacher's tokenizer"),
+            remedy="Mend --time-map"
+            + ("" if differ else ", or choose a student with the teacher's tokenizer and stores of all tokens"),
         )
     return ("auto" if differ else "span-last") if time_map == "auto" else time_map

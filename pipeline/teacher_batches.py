@@ -10,8 +10,8 @@ STUDENTS = ("input_ids", "attention_mask", "labels")
 
 
 def for_teacher(number: int, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """One teacher's part of a batch."""
-    return {f"{name}.{number}": tensor for name, tensor in batch.items() if name not in STUDENTS}
+    """A teacher's side of a batch, as its part of one for several."""
+    return {f"{name}.{number}": tensor for name, tensor in batch.items()}
 
 
 def of_teacher(batch: Mapping[str, Tensor], number: int) -> dict[str, Tensor]:

@@ -27,8 +27,8 @@ class MeanWeights:
 
     def metrics(self) -> dict[str, float]:
         """By teacher, and by teacher and layer where layers differ (`fusion_weight_<number>_layer_<layer>`); nothing
-        where nothing was added."""
-        if self._sums is None:
+        where no teacher that counts has any token."""
+        if self._sums is None or not self._sums.any():
             return {}
         by_layer = self._sums / self._sums.sum(dim=0).clamp_min(torch.finfo(torch.float64).tiny)
         mean = self._sums.sum(dim=1) / self._sums.sum()

@@ -47,6 +47,10 @@ REFUSED: dict[str, tuple[list[object], tuple[str, ...]]] = {
     "one store": (["--store", "plain.zarr", "--fusion", "learned"], ("expected several stores", "found learned")),
     "other option": ([*HALF, "--router", "mlp"], ("router: expected it with --fusion learned alone, found mlp",)),
     "no loss of tokens": ([*HALF, "--kv-loss", "mse,cka"], ("expected only mse, smooth-l1", "found mse,cka")),
+    "no KV to fuse": (
+        [*HALF, "--mode", "none", "--fusion", "learned"],
+        ("one that uses KV with a fusion",),
+    ),
     "controls": ([*THREE, "--kv-control", "none,shuffled"], ("one word, or 3: one a store",)),
     "identity": ([*THREE, "--time-map", "identity"], ("read different", "--time-map")),
     "spans of other text": ([*THREE, "--time-map", "span-mean"], ("read different text: expected auto or segment",)),
@@ -116,8 +120,9 @@ def test_a_run_ends_without_a_teacher(record_of: Any, name: str) -> None:
     assert record["teacher_forwards"] == 0
     assert record["train_samples"] == (12 if name == "half first" else 24)
     assert record["common_samples"] == (12 if "half" in str(RUNS[name]) else 24)
-    if len(record["stores"]) > 1:
+    if len(record["stores"]) > 1 and name != "no KV":
         assert sum(weights_of(record)) == pytest.approx(1)
+    assert (len(record["stores"]) > 1 and name != "no KV") is ("fusion_weight_0" in record["metrics"])
 
 
 @pytest.mark.parametrize("name", REFUSED)

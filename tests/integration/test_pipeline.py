@@ -193,7 +193,12 @@ def test_the_commands_of_the_readme_find_each_other(kvpipe: Any, tmp_path: Path)
         cwd=tmp_path,
     )
     assert {outcome.code for outcome in (models, extract, distill, inspect)} == {0}, (extract, distill)
-    assert [line.split()[:2] for line in models.stdout.splitlines()] == [["qwen", "teacher"], ["tiny", "student"]]
+    assert [line.split()[:2] for line in models.stdout.splitlines()] == [
+        ["gpt2", "teacher"],
+        ["llama", "teacher"],
+        ["qwen", "teacher"],
+        ["tiny", "student"],
+    ]
     assert extract.stdout.startswith("stores/qwen.zarr: 32 samples")
     assert distill.stdout.startswith("runs/structured-seed0: ce ")
     assert "word-problems" in inspect.stdout

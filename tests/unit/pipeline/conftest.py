@@ -20,9 +20,9 @@ from kvpipe.kvcache.manifest import DatasetIdentity, Manifest, TeacherIdentity
 from kvpipe.kvcache.store import KVStore
 from kvpipe.kvcache.writer import ShardWriter
 from kvpipe.pipeline.config import DistillConfig
-from kvpipe.pipeline.experiment import ExperimentRuns
 from kvpipe.pipeline.experiment_config import Budget, ExperimentConfig
 from kvpipe.pipeline.extract_config import ExtractConfig
+from kvpipe.pipeline.finished_runs import ExperimentRuns
 from kvpipe.pipeline.questions import LOWER_IS_BETTER, Question
 from kvpipe.pipeline.run_directory import RunDirectory, run_of
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -190,7 +190,7 @@ def make_experiment(
                 continue
             noise = 2 + 2 * math.sin(7 * recipe.seed + 3 * list(arms).index(arm) ** 2)
             ce = arms[arm] + 0.01 * recipe.seed + 0.002 * noise
-            record = _run_record(name, recipe, ce)
+            record = _run_record(name, recipe, ce, store.manifest.hash)
             edit(name, record)
             directory = RunDirectory(runs_dir / name)
             logs = [{"step": step, "eval_ce": ce + 1 / step} for step in (10, 20, 40)] if curve else []
@@ -211,7 +211,7 @@ def _predictions(ce: float, seed: int) -> Iterator[str]:
         yield f"{json.dumps({'tokens': 3, 'ce': ce + own, 'token_accuracy': 1 - ce - own, 'exact': None})}\n"
 
 
-def _run_record(name: str, recipe: DistillConfig, ce: float) -> dict[str, Any]:
+def _run_record(name: str, recipe: DistillConfig, ce: float, manifest: str) -> dict[str, Any]:
     return {
         "name": name,
         "config": recipe.to_dict(),
@@ -225,7 +225,7 @@ def _run_record(name: str, recipe: DistillConfig, ce: float) -> dict[str, Any]:
         "seconds": {"setup": 1.0, "train": 6.0, "data_wait": 0.5, "evaluation": 1.0, "total": 8.0 + recipe.seed},
         "data_wait_share": 0.083,
         "teacher_forwards": 0,
-        "stores": [{"path": "stores/teacher.zarr", "manifest": "f" * 16}],
+        "stores": [{"path": "stores/teacher.zarr", "manifest": manifest}],
         "versions": {"python": "3.11", "kvpipe": "0.1.0"},
         "pairing": {"student_init": f"i{recipe.seed}", "data_order": f"o{recipe.seed}", "eval_samples": "e"},
     }

@@ -19,6 +19,7 @@ from kvpipe.pipeline.distiller import KVDistiller
 from kvpipe.pipeline.evaluate import evaluate_answers, evaluate_tokens
 from kvpipe.pipeline.kv_moments import teacher_moments
 from kvpipe.pipeline.student_text import teachers_tokens
+from kvpipe.pipeline.teacher_weights import MeanWeights
 from kvpipe.pipeline.training_data import KVDataset
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -169,3 +170,13 @@ def test_exact_match_asks_for_the_very_answer(
     assert evaluate_answers(answering, tokenizer, store, teachers_tokens(store), [6, 1, 2], 5) == dict.fromkeys(
         (6, 2), ("#### w7", True)
     )
+
+
+def test_a_teacher_without_a_token_says_nothing(stored: Stored, make_model: MakeModel) -> None:
+    store, _ = stored
+    nothing = KVDataset(store, with_kv=True, segments=[])
+    metrics, _ = evaluate_tokens(make_distiller(make_model(), store, "flat"), nothing, ALL)
+    assert set(metrics) == {"ce", "token_accuracy"}
+    weights = MeanWeights()
+    weights.update(torch.zeros(2, 3, 1, 4))
+    assert weights.metrics() == {}

@@ -12,6 +12,7 @@ from kvpipe.kvcache.align.time_warp import TimeMap
 from kvpipe.kvcache.errors import StoreError
 from kvpipe.kvcache.store import KVStore
 from kvpipe.pipeline.fused_dataset import FusedDataset
+from kvpipe.pipeline.kv_controls import ShuffledKV
 from kvpipe.pipeline.matched_stores import MatchedStore, common_samples, match_stores
 from kvpipe.pipeline.student_text import resolve_time_map, teachers_tokens
 from kvpipe.pipeline.teacher_batches import of_teacher
@@ -96,7 +97,7 @@ def test_another_text_after_the_same_prompt_is_stretched_over_its_segments(make_
     ("second", "found"),
     [
         ([record(0), record(1, prompt="another"), record(2)], "1 of 3 common ids with another prompt, the first s1"),
-        ([record(7), record(8), record(9)], "0 of 0 common ids"),
+        ([record(7), record(8), record(9)], "no common id"),
     ],
 )
 def test_stores_over_other_prompts_are_refused(
@@ -154,3 +155,12 @@ def test_of_a_store_that_evicts_a_batch_maps_the_kept_tokens(make_numbered: Make
     warped = time_map.warp(own["teacher_kv"])
     assert torch.equal(warped[:, :, 0, :, 1:40:2], kv[:, :, 1, :, 1:40:2])
     assert own["kv_mask"][1].sum() == 0
+
+
+def test_shuffled_positions_are_as_wide_as_the_kv(make_numbered: MakeStore) -> None:
+    """Where the batch's longest sample is missing, and keys are compared without their rotation."""
+    (first, _), (second, _) = make_numbered(range(6)), make_numbered([0])
+    stores = matched(first, second)
+    datasets = [KVDataset(each.store, each.text, with_kv=True, control=ShuffledKV(0)) for each in stores]
+    own = of_teacher(FusedDataset(datasets, stores).__getitems__([1, 0]), 1)
+    assert own["teacher_positions"].shape[1] == own["teacher_kv"].shape[4] == LENGTHS[1]

@@ -221,3 +221,25 @@ def test_several_stores_have_a_frontier(make_experiment: MakeExperiment, tmp_pat
     assert "flat" not in words, "it is what the others are compared with"
     assert "<h2>Frontier</h2>" in page.read_text()
     assert "![bytes a token against quality](frontier.svg)" in (tmp_path / "report.md").read_text()
+
+
+def test_arms_of_several_teachers_show_how_much_each_counted(make_experiment: MakeExperiment, tmp_path: Path) -> None:
+    def fuse(name: str, record: dict[str, Any]) -> None:
+        if name.startswith("fused"):
+            record["metrics"] |= {"fusion_weight_0": 0.97, "fusion_weight_1": 0.03}
+            record["router_collapsed"] = name == "fused-seed1"
+
+    results = results_of(make_experiment({"none": 1.0, "fused": 0.9}, edit=fuse))
+    results = replace(results, arm_stores={"none": ["a.zarr"], "fused": ["a.zarr", "b.zarr"]})
+    page = write_report(results, tmp_path).read_text()
+    assert "<td>fused</td><td>b</td><td>0.0300</td>" in page
+    assert "| fused | a | 0.9700 | 0.9700 … 0.9700 | the same | 1 |" in (tmp_path / "report.md").read_text()
+
+
+def test_arms_of_several_teachers_of_which_no_run_is_finished_are_left_out(
+    make_experiment: MakeExperiment, tmp_path: Path
+) -> None:
+    failed = {f"fused-seed{seed}": "out of memory" for seed in range(6)}
+    results = results_of(make_experiment({"none": 1.0, "flat": 0.9, "fused": 0.9}, without=failed))
+    results = replace(results, arm_stores={arm: ["a.zarr", "b.zarr"] for arm in ("none", "flat", "fused")})
+    assert "<h2>Teachers</h2>" not in write_report(results, tmp_path).read_text()
