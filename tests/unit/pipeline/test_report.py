@@ -229,7 +229,7 @@ def test_arms_of_several_teachers_show_how_much_each_counted(make_experiment: Ma
             record["metrics"] |= {"fusion_weight_0": 0.97, "fusion_weight_1": 0.03}
             record["router_collapsed"] = name == "fused-seed1"
 
-    results = results_of(make_experiment({"none": 1.0, "fused": 0.9}, edit=fuse))
+    results = results_of(make_experiment({"none": 1.0, "fused": 0.9}, edit=fuse, curve=False))
     results = replace(results, arm_stores={"none": ["a.zarr"], "fused": ["a.zarr", "b.zarr"]})
     page = write_report(results, tmp_path).read_text()
     assert "<td>fused</td><td>b</td><td>0.0300</td>" in page
