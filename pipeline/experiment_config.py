@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from ..kvcache.errors import ConfigError
-from .config import DistillConfig, Where, parse_fields, placed
+from .config import DistillConfig
 from .experiment_file import ExperimentFile
 from .extract_config import MAX_SEED, ExtractConfig, default_store
+from .fields import Where, parse_fields, placed
 from .questions import COMPARED_METRICS, LOWER_IS_BETTER, Question
 
 EXTRACT = "extract"
