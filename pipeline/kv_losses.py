@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from ..kvcache.align.cka import token_features
-from .losses import kv_mse, mean_over_tokens
+from .losses import kv_mse, mean_over_tokens, wide
 
 EPSILON = 1e-8
 """Below every norm of KV there is."""
@@ -27,7 +27,7 @@ def kv_smooth_l1(
     weights: Float[Tensor, "L B T"] | None = None,
 ) -> Float[Tensor, ""]:
     """Huber's loss with its corner at 1: as half the squared error for small errors, as their size for large ones."""
-    return mean_over_tokens(F.smooth_l1_loss(_wide(prediction), _wide(target), reduction="none"), mask, weights)
+    return mean_over_tokens(F.smooth_l1_loss(wide(prediction), wide(target), reduction="none"), mask, weights)
 
 
 def kv_cosine(
@@ -39,7 +39,7 @@ def kv_cosine(
 ) -> Float[Tensor, ""]:
     """The direction of every head's vector: 1 - cosine; and, weakly if wanted, its length: the squared difference of
     log norms."""
-    prediction, target = _wide(prediction), _wide(target)
+    prediction, target = wide(prediction), wide(target)
     loss = 1 - F.cosine_similarity(prediction, target, dim=-1, eps=EPSILON)
     if magnitude_weight:
         norms = [(kv.square().sum(-1) + EPSILON).log() / 2 for kv in (prediction, target)]
@@ -54,7 +54,7 @@ def kv_hybrid(
     weights: Float[Tensor, "L B T"] | None = None,
 ) -> Float[Tensor, ""]:
     """Squared error and direction, in equal parts."""
-    prediction, target = _wide(prediction), _wide(target)
+    prediction, target = wide(prediction), wide(target)
     return kv_mse(prediction, target, mask, weights) + kv_cosine(prediction, target, mask, weights)
 
 
@@ -63,7 +63,7 @@ def per_layer_std(target: Float[Tensor, "L K B H T D"], mask: Int[Tensor, "B T"]
 
     It is 1 where nothing varies: what carries nothing is not blown up.
     """
-    kv, real = _wide(target.detach()), mask[None, None, :, None, :, None]
+    kv, real = wide(target.detach()), mask[None, None, :, None, :, None]
     count = (mask.sum() * kv.shape[3] * kv.shape[5]).clamp_min(1)
     mean = (kv * real).sum((2, 3, 4, 5), keepdim=True) / count
     std = (((kv - mean) * real).square().sum((2, 3, 4, 5), keepdim=True) / count).sqrt()
@@ -149,14 +149,10 @@ def kv_structural(
     return keys + values + attention_kl(teacher_queries, teacher_keys, student_queries, student_keys, mask)
 
 
-def _wide(kv: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:
-    return kv.to(torch.promote_types(kv.dtype, torch.float32))
-
-
 def _products(a: Shaped[Tensor, "*shape N D"], b: Shaped[Tensor, "*others M D"]) -> Float[Tensor, "... N M"]:
     """Of every row with every row. Under autocast they would be rounded to its half precision."""
     with torch.autocast(a.device.type, enabled=False):
-        return _wide(a) @ _wide(b).mT
+        return wide(a) @ wide(b).mT
 
 
 def _relations(kv: Shaped[Tensor, "L K B H T D"], heads: int) -> Float[Tensor, "L K B R T T"]:
@@ -202,7 +198,7 @@ def _divergence(teacher: Tensor, student: Tensor, mask: Int[Tensor, "B T"]) -> F
 def _centred_features(kv: Shaped[Tensor, "L K B H T D"], mask: Int[Tensor, "B T"]) -> Float[Tensor, "L K N F"]:
     """A row of all heads and channels for every real token, less their mean, at a common scale: fourth powers of raw
     keys would leave the range of float32."""
-    rows = token_features(_wide(kv), mask)
+    rows = token_features(wide(kv), mask)
     centred = rows - rows.mean(2, keepdim=True)
     return centred / centred.norm(dim=(2, 3), keepdim=True).clamp_min(EPSILON)
 

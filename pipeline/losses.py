@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F  # noqa: N812 - the name everybody uses
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 IGNORED = -100
@@ -32,7 +33,12 @@ def kv_mse(
 
     With targets normalised to unit variance, 1 is what predicting the mean would score.
     """
-    return mean_over_tokens((prediction - target).square(), mask, weights)
+    return mean_over_tokens((wide(prediction) - wide(target)).square(), mask, weights)
+
+
+def wide(kv: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:
+    """In float32 at least."""
+    return kv.to(torch.promote_types(kv.dtype, torch.float32))
 
 
 def mean_over_tokens(

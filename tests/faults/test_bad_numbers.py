@@ -73,7 +73,7 @@ def test_samples_with_nan_are_left_out_and_all_else_goes_on(
     with pytest.raises(StoreError):
         KVReader(store).read(bad[:1])
     assert extract(config).teacher_tokens == 0
-    record = distill(DistillConfig(mode="flat", max_steps=2, max_new_tokens=4), store.path, tmp_path / "run")
+    record = distill(DistillConfig(mode="flat", max_steps=2, max_new_tokens=4), [store.path], tmp_path / "run")
     assert record["metrics"]["ce"] > 0
     tally.add("samples with NaN", tried=store.num_samples, injected=len(bad), detected=len(bad), lost=0)
 
@@ -98,7 +98,7 @@ def test_numbers_too_large_for_float16_are_seen(broken_teacher: MakeTeacher, tmp
         "float16 overflow", tried=store.num_samples, injected=store.num_samples, detected=store.num_samples, lost=0
     )
     with pytest.raises(StoreError, match="has no"):
-        distill(DistillConfig(mode="flat", max_steps=2), store.path, tmp_path / "run")
+        distill(DistillConfig(mode="flat", max_steps=2), [store.path], tmp_path / "run")
 
 
 def test_a_run_that_diverges_is_no_result(broken_teacher: MakeTeacher, tmp_path: Path) -> None:

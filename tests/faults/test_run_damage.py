@@ -26,7 +26,7 @@ CONFIG = DistillConfig(mode="flat", batch_size=8, max_steps=4, max_new_tokens=4)
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("finished")
     extract(ExtractConfig("qwen", folder / "x.zarr", samples=40, eval_samples=4, batch_size=8))
-    distill(CONFIG, folder / "x.zarr", folder / "run", device="cpu")
+    distill(CONFIG, [folder / "x.zarr"], folder / "run", device="cpu")
     return folder / "run"
 
 
@@ -82,9 +82,9 @@ def test_a_damaged_checkpoint_is_refused_and_without_it_the_run_starts_anew(fini
     data[-1] ^= 1
     weights.write_bytes(data)
     with pytest.raises(ConfigError, match=r"model\.safetensors fails its checksum\. Delete it: .* starts the run anew"):
-        distill(CONFIG, store, path, device="cpu")
+        distill(CONFIG, [store], path, device="cpu")
     shutil.rmtree(checkpoint)
-    record = distill(CONFIG, store, path, device="cpu")
+    record = distill(CONFIG, [store], path, device="cpu")
     assert record["resumed_from"] is None
     for name in ("student/model.safetensors", "predictions.jsonl"):
         assert (path / name).read_bytes() == (finished / name).read_bytes()

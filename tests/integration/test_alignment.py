@@ -135,8 +135,9 @@ def _lay_out(folder: Path, kvpipe: Any, teacher: Path, store: Path) -> None:
 
 
 def _command(options: list[object], run: Path | str) -> list[object]:
-    common = ["--store", "plain.zarr", "--batch-size", 8, "--max-steps", 2, "--max-new-tokens", 2]
-    return ["distill", *common, *options, "--output-dir", run]
+    store = [] if "--store" in options else ["--store", "plain.zarr"]
+    common = ["--batch-size", 8, "--max-steps", 2, "--max-new-tokens", 2]
+    return ["distill", *store, *common, *options, "--output-dir", run]
 
 
 @pytest.fixture(scope="session")

@@ -240,7 +240,9 @@ def test_a_student_that_equals_its_teacher_has_nothing_to_learn(name: str) -> No
 def test_cosine_sees_no_length_unless_asked() -> None:
     prediction, _, mask = kv_batch().aligned
     assert float(kv_cosine(prediction, 3 * prediction, mask)) == pytest.approx(0, abs=1e-12)
-    assert float(kv_cosine(prediction, 3 * prediction, mask, 0.5)) == pytest.approx(0.5 * math.log(3) ** 2, rel=1e-6)
+    assert float(kv_cosine(prediction, 3 * prediction, mask, magnitude_weight=0.5)) == pytest.approx(
+        0.5 * math.log(3) ** 2, rel=1e-6
+    )
 
 
 @given(scale=st.floats(0.1, 100))

@@ -40,7 +40,7 @@ def kv_batch(seed: int = 0) -> KVBatch:
 
 def changed(batch: KVBatch, change: Callable[[Tensor], Tensor], mask: Tensor = MASK) -> KVBatch:
     """The same change to every tensor, and perhaps another mask."""
-    names = [field.name for field in fields(batch) if field.name != "mask"]
+    names = [f.name for f in fields(batch) if f.name != "mask" and getattr(batch, f.name) is not None]
     return replace(batch, mask=mask, **{name: change(getattr(batch, name)) for name in names})
 
 
