@@ -24,8 +24,8 @@ def distill(
     store: Annotated[
         list[Path] | None,
         typer.Option(
-            help="The teacher's KV; of several teachers one --store each, over the same prompts. \\[default: the only "
-            "store under stores/]"
+            help="The teacher's KV; of several teachers one --store each, over the same prompts: the student "
+            "reads the first one's samples. \\[default: the only store under stores/]"
         ),
     ] = None,
     student: Annotated[str, typer.Option(help="A built-in name, a folder, a config.json or a Hub id.")] = "tiny",

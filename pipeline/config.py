@@ -155,7 +155,7 @@ class DistillConfig:
     def _require_fusion(self) -> None:
         """Raise ConfigError for options of a fusion that is another one."""
         for name, fusions in FUSION_OPTIONS.items():
-            if getattr(self, name) != type(self).__dataclass_fields__[name].default and self.fusion not in fusions:
+            if not self._is_default(name) and self.fusion not in fusions:
                 raise FieldError(name, f"it with --fusion {' or '.join(fusions)} alone", getattr(self, name))
         if self.mode == "none" and (self.fusion != "fixed" or self.fusion_weights is not None):
             raise FieldError("mode", "one that uses KV with a fusion", self.mode)
@@ -169,6 +169,9 @@ class DistillConfig:
         if weights is not None and not (all(0 <= w < math.inf for w in weights) and sum(weights) > 0):
             raise FieldError("fusion_weights", "numbers of 0 or more with a positive sum", self.fusion_weights)
 
+    def _is_default(self, name: str) -> bool:
+        return bool(getattr(self, name) == type(self).__dataclass_fields__[name].default)
+
     @property
     def routes(self) -> bool:
         """Whether the weights of several teachers depend on anything that is seen in training."""
@@ -179,7 +182,7 @@ class DistillConfig:
         self.kv_controls(num_stores)
         if num_stores == 1:
             for name in ("fusion", "fusion_weights"):
-                if getattr(self, name) != type(self).__dataclass_fields__[name].default:
+                if not self._is_default(name):
                     raise FieldError(name, "several stores (--store A --store B) with it", getattr(self, name))
             return
         self.weights_of_stores(num_stores)

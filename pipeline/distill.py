@@ -103,19 +103,13 @@ def distill(
             trainer.add_callback(TrainingProgress(bar, run_dir.name))
             trainer.run(checkpoint)
         train_done = time.perf_counter()
-        found = {
-            "name": run_dir.name,
-            "stores": [store_read(store) for store in stores],
+        record = {
+            **_outcome(parts, config, run, trainer),
             "resumed_from": checkpoint.name if checkpoint is not None else None,
-            "train_samples": len(parts.train),
-            "common_samples": common_samples(parts.stores, parts.train),
-            "metrics": (metrics := _final_metrics(parts, config, run, trainer.state.global_step)),
-            "router_collapsed": config.routes and is_collapsed(teacher_weights(metrics)),
             **description(parts.distiller, trainer, config, resolved),
-            "pairing": parts.pairing,
         }
         _save(parts, run)
-        return run.finish({**found, **costs(trainer, started, setup_done, train_done)})
+        return run.finish({**record, **costs(trainer, started, setup_done, train_done)})
 
 
 @dataclass(frozen=True)
@@ -223,6 +217,20 @@ def _arguments(
         arguments.__dict__["_setup_devices"] = torch.device("cuda", device.index or 0)
         torch.cuda.set_device(device.index or 0)
     return arguments
+
+
+def _outcome(parts: _Parts, config: DistillConfig, run: RunDirectory, trainer: DistillTrainer) -> dict[str, Any]:
+    """What was read, what came out of it, and what makes the run one of a pair."""
+    metrics = _final_metrics(parts, config, run, trainer.state.global_step)
+    return {
+        "name": run.path.name,
+        "stores": [store_read(matched.store) for matched in parts.stores],
+        "train_samples": len(parts.train),
+        "common_samples": common_samples(parts.stores, parts.train),
+        "metrics": metrics,
+        "router_collapsed": config.routes and is_collapsed(teacher_weights(metrics)),
+        "pairing": parts.pairing,
+    }
 
 
 def _final_metrics(parts: _Parts, config: DistillConfig, run: RunDirectory, steps: int) -> dict[str, float | None]:

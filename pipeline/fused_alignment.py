@@ -43,7 +43,7 @@ def build_fused_distiller(
     alone: list[KVDistiller] = []
     moments: Moments | None = None
     for matched in stores:
-        rows = _common(config, matched, train)
+        rows = _common(matched, train)
         alone.append(build_distiller(config, matched.store, student, matched.text, rows, moments))
         # Averaged targets lie in one space: all are held against the same student.
         moments = moments or _student_moments(alone[0].teacher.aligner)
@@ -57,7 +57,7 @@ def build_fused_distiller(
 def fused_dataset(config: DistillConfig, stores: Sequence[MatchedStore]) -> KVDataset | FusedDataset:
     """The batches that a recipe is evaluated on."""
     datasets = [kv_dataset(config, matched.store, matched.text, queries=False) for matched in stores]
-    return datasets[0] if len(stores) == 1 else FusedDataset(datasets, stores)
+    return _side_by_side(datasets, stores)
 
 
 def fused_training_dataset(
@@ -69,10 +69,14 @@ def fused_training_dataset(
         training_dataset(config, matched.store, matched.text, matched.of(train), control)
         for matched, control in zip(stores, controls, strict=True)
     ]
+    return _side_by_side(datasets, stores)
+
+
+def _side_by_side(datasets: Sequence[KVDataset], stores: Sequence[MatchedStore]) -> KVDataset | FusedDataset:
     return datasets[0] if len(stores) == 1 else FusedDataset(datasets, stores)
 
 
-def _common(config: DistillConfig, matched: MatchedStore, train: Sequence[int]) -> list[int]:
+def _common(matched: MatchedStore, train: Sequence[int]) -> list[int]:
     rows = matched.of(train)
     if not rows:
         raise ConfigError(

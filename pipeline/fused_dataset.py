@@ -16,8 +16,11 @@ from .training_data import Batch, KVDataset
 BATCH_AXIS = {"teacher_kv": 2}
 """Of a teacher's tensors; 0 of all others."""
 
-STUDENT_TOKENS = ("kv_mask", "time_index", "time_weight")
-"""Whose second axis is that of the student's tokens."""
+STUDENT_TOKENS = {"kv_mask": 1, "time_index": 1, "time_weight": 1}
+"""The axis of the student's tokens."""
+
+TEACHER_TOKENS = {"teacher_kv": -2, "teacher_positions": 1}
+"""The axis of the teacher's, which are the student's where no time map lies between them."""
 
 
 class FusedDataset(Dataset[Batch]):
@@ -47,14 +50,14 @@ class FusedDataset(Dataset[Batch]):
         self, dataset: KVDataset, rows: np.ndarray, wanted: np.ndarray, attention_mask: Tensor
     ) -> dict[str, Tensor]:
         there = wanted >= 0
-        # Of none of them: any sample lends its shapes, behind a mask that lets nothing through.
-        places = np.flatnonzero(there) if there.any() else np.array([0])
-        own = dataset.teacher((wanted[places] if there.any() else rows[rows >= 0][:1]).tolist())
+        places = np.flatnonzero(there)
+        if not len(places):
+            # Any sample lends its shapes, behind a mask that lets nothing through.
+            places, wanted = np.array([0]), rows[rows >= 0][:1]
+        own = dataset.teacher(wanted[places].tolist())
         size, width = attention_mask.shape
-        if "time_index" not in own:
-            own["teacher_kv"] = _padded(own["teacher_kv"], -2, width)
-            own |= {name: _padded(own[name], 1, width) for name in ("teacher_positions",) if name in own}
-        own |= {name: _padded(own[name], 1, width) for name in STUDENT_TOKENS if name in own}
+        axes = STUDENT_TOKENS if "time_index" in own else STUDENT_TOKENS | TEACHER_TOKENS
+        own |= {name: _padded(own[name], axis, width) for name, axis in axes.items() if name in own}
         own = {name: _spread(tensor, BATCH_AXIS.get(name, 0), places, size) for name, tensor in own.items()}
         if not there.all():
             own["kv_mask"] = own.get("kv_mask", attention_mask) * torch.from_numpy(there.astype(np.int64))[:, None]

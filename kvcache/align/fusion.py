@@ -32,13 +32,9 @@ class Fusion(nn.Module, ABC):
         student_kv: Float[Tensor, "L 2 B H T D"],
         predictions: Sequence[Shaped[Tensor, "L 2 B _ T _"]],
         masks: Int[Tensor, "K B T"],
-    ) -> Float[
-        Tensor,
-        (
-            K  # L #B #T
-        ),
-    ]:
-        """Of every teacher, from the student's KV as it is and as each teacher's aligner lays it out for its target."""
+    ) -> Float[Tensor, "K _ _ _"]:
+        """Of every teacher, from the student's KV as it is and as each teacher's aligner lays it out for its target;
+        axes of layers, samples and tokens are 1 where all of them share a score."""
 
     def forward(
         self,
@@ -88,9 +84,7 @@ class SimilarityFusion(Fusion):
     the space of its target, over `temperature`; its mean over what `per` leaves together.
     """
 
-    def __init__(
-        self, prototypes: Sequence[Float[Tensor, "L P _"]], temperature: float = 1.0, per: Granularity = "sample"
-    ) -> None:
+    def __init__(self, prototypes: Sequence[Float[Tensor, "L P _"]], temperature: float, per: Granularity) -> None:
         super().__init__()
         self.temperature = temperature
         self.per = per
@@ -99,12 +93,7 @@ class SimilarityFusion(Fusion):
 
     def scores(
         self, student_kv: Tensor, predictions: Sequence[Tensor], masks: Int[Tensor, "K B T"]
-    ) -> Float[
-        Tensor,
-        (
-            K  # L #B #T
-        ),
-    ]:
+    ) -> Float[Tensor, "K _ _ _"]:
         distances = torch.stack(
             [
                 _nearest(token_rows(prediction), self.get_buffer(f"prototypes_{number}"))
@@ -122,7 +111,7 @@ class LearnedFusion(Fusion):
     """
 
     def __init__(
-        self, num_teachers: int, num_layers: int, features: int, per: Granularity = "sample", router: Router = "linear"
+        self, num_teachers: int, num_layers: int, features: int, per: Granularity, router: Router = "linear"
     ) -> None:
         super().__init__()
         self.per = per
@@ -137,12 +126,7 @@ class LearnedFusion(Fusion):
 
     def scores(
         self, student_kv: Float[Tensor, "L 2 B H T D"], predictions: Sequence[Tensor], masks: Int[Tensor, "K B T"]
-    ) -> Float[
-        Tensor,
-        (
-            K  # L #B #T
-        ),
-    ]:
+    ) -> Float[Tensor, "K _ _ _"]:
         if self.per == "layer":
             return self.logits[:, :, None, None]
         state = token_rows(student_kv).movedim(0, 2).flatten(2)
@@ -184,12 +168,7 @@ def _nearest(rows: Float[Tensor, "L B T F"], points: Float[Tensor, "L P F"]) -> 
 
 def _pooled(
     scores: Float[Tensor, "K L B T"], masks: Int[Tensor, "K B T"], per: Granularity
-) -> Float[
-    Tensor,
-    (
-        K  # L #B #T
-    ),
-]:
+) -> Float[Tensor, "K _ _ _"]:
     """The mean over layers and a sample's tokens, over layers, or over all tokens of a batch."""
     if per == "token":
         return scores.mean(dim=1, keepdim=True)

@@ -159,5 +159,41 @@ def run_of(built_once: Any, kvpipe: CommandLine, store: Path) -> Callable[[str],
     return get
 
 
+# For modules whose `workplace` is a folder with runs under `runs`, and in `report.json` how commands ended, by name.
+
+
+@pytest.fixture(scope="module")
+def outcome_of(workplace: Path) -> Callable[[str], dict[str, Any]]:
+    report = json.loads((workplace / "report.json").read_text())
+    return lambda name: report[name]
+
+
+@pytest.fixture(scope="module")
+def record_of(workplace: Path, outcome_of: Callable[[str], dict[str, Any]]) -> Callable[[str], dict[str, Any]]:
+    """`record_of(name)`: the run.json of a run that must have ended well."""
+
+    def get(name: str) -> dict[str, Any]:
+        assert outcome_of(name)["code"] == 0, outcome_of(name)["stderr"]
+        return dict(json.loads((workplace / "runs" / name / "run.json").read_text()))
+
+    return get
+
+
+@pytest.fixture(scope="module")
+def require_refused(workplace: Path, outcome_of: Callable[[str], dict[str, Any]]) -> Callable[..., None]:
+    """`require_refused(name, words)`: it ended with exit code 2 and one line that has these words, and left no run."""
+
+    def require(name: str, words: Sequence[str]) -> None:
+        outcome = outcome_of(name)
+        assert outcome["code"] == 2, outcome["stderr"]
+        (line,) = outcome["stderr"].splitlines()
+        assert line.startswith("Error: ")
+        for word in words:
+            assert word in line
+        assert not (workplace / "runs" / name).exists()
+
+    return require
+
+
 def read_json(path: Path) -> Any:
     return json.loads(path.read_text())

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import signal
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -156,23 +155,6 @@ def workplace(built_once: Any, kvpipe: Any, teacher: Path, store: Path) -> Path:
     return built_once("alignment", build)
 
 
-@pytest.fixture(scope="session")
-def outcome_of(workplace: Path) -> Callable[[str], dict[str, Any]]:
-    report = json.loads((workplace / "report.json").read_text())
-    return lambda name: report[name]
-
-
-@pytest.fixture(scope="session")
-def record_of(workplace: Path, outcome_of: Callable[[str], dict[str, Any]]) -> Callable[[str], dict[str, Any]]:
-    """`record_of(name)`: the run.json of one of RUNS, which must have ended well."""
-
-    def get(name: str) -> dict[str, Any]:
-        assert outcome_of(name)["code"] == 0, outcome_of(name)["stderr"]
-        return json.loads((workplace / "runs" / name / "run.json").read_text())
-
-    return get
-
-
 # ---------------------------------------------------------------------- all of them
 
 
@@ -188,14 +170,8 @@ def test_a_run_ends_without_a_teacher(record_of: Any, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_does_not_fit_is_refused_in_one_line(workplace: Path, outcome_of: Any, name: str) -> None:
-    outcome = outcome_of(name)
-    assert outcome["code"] == 2, outcome["stderr"]
-    (line,) = outcome["stderr"].splitlines()
-    assert line.startswith("Error: ")
-    for word in REFUSED[name][1]:
-        assert word in line
-    assert not (workplace / "runs" / name).exists()
+def test_what_does_not_fit_is_refused_in_one_line(require_refused: Any, name: str) -> None:
+    require_refused(name, REFUSED[name][1])
 
 
 # ---------------------------------------------------------------------- tokens and key spaces
