@@ -221,10 +221,11 @@ def distill(
     config = DistillConfig.from_mapping(
         {field.name: given[field.name] for field in fields(DistillConfig)}, "the command line: {}".format
     )
-    folder = output_dir or Path("runs") / config.name
+    stores = store or [find_store(None)]
+    folder = output_dir or Path("runs") / config.name(len(stores))
     record = run(
         config,
-        store or [find_store(None)],
+        stores,
         folder,
         device=device,
         overwrite=overwrite,

@@ -224,10 +224,9 @@ class DistillConfig:
         """Five times the student's unless given: an aligner that lags behind pulls the student to its own noise."""
         return self.aligner_learning_rate or 5 * self.learning_rate
 
-    @property
-    def name(self) -> str:
+    def name(self, num_stores: int = 1) -> str:
         """The run's name unless the user gives one."""
-        fusion = "" if self.fusion == "fixed" else f"-{self.fusion}"
+        fusion = "" if num_stores == 1 else f"-{self.fusion}"
         control = "" if self.kv_control == "none" else f"-{self.kv_control.replace(',', '+')}"
         return f"{self.mode}{fusion}{control}-seed{self.seed}"
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -34,8 +33,9 @@ from .models import load_student, resolve_device, tokenizer_from_files
 from .progress import progress_bar
 from .ranks import require_one_process
 from .run_checkpoints import SealedCheckpoints, last_checkpoint
+from .run_clock import RunClock
 from .run_directory import RunDirectory, run_identity
-from .run_record import costs, description, store_read
+from .run_record import description, store_read
 from .teacher_weights import is_collapsed, teacher_weights
 from .trackers import require_trackers
 from .trainer import DistillTrainer
@@ -81,7 +81,7 @@ def distill(
     require_one_process("distill")
     require_trackers(report_to)
     config.require_fusion(len(store_paths))
-    started = time.perf_counter()
+    clock = RunClock()
     resolved = resolve_device(device)
     stores = [KVStore.open(path) for path in store_paths]
     for store in stores:
@@ -97,19 +97,20 @@ def distill(
         # Only now, when nothing the user can mend stands in the way, does the folder change.
         run.claim(identity, overwrite=overwrite)
         arguments = _arguments(config, parts, run, resolved, save_steps, report_to)
-        trainer = _trainer(parts, config, arguments, run, identity)
-        setup_done = time.perf_counter()
+        trainer = _trainer(parts, config, arguments, run, identity, clock)
+        clock.lap("setup")
         with progress or progress_bar() as bar:
             trainer.add_callback(TrainingProgress(bar, run_dir.name))
             trainer.run(checkpoint)
-        train_done = time.perf_counter()
+        clock.lap("train")
         record = {
             **_outcome(parts, config, run, trainer),
             "resumed_from": checkpoint.name if checkpoint is not None else None,
             **description(parts.distiller, trainer, config, resolved),
         }
         _save(parts, run)
-        return run.finish({**record, **costs(trainer, started, setup_done, train_done)})
+        clock.lap("evaluation")
+        return run.finish({**record, **clock.costs()})
 
 
 @dataclass(frozen=True)
@@ -161,7 +162,12 @@ def _build(config: DistillConfig, stores: Sequence[KVStore], device: torch.devic
 
 
 def _trainer(
-    parts: _Parts, config: DistillConfig, arguments: TrainingArguments, run: RunDirectory, identity: dict[str, Any]
+    parts: _Parts,
+    config: DistillConfig,
+    arguments: TrainingArguments,
+    run: RunDirectory,
+    identity: dict[str, Any],
+    clock: RunClock,
 ) -> DistillTrainer:
     trainer = DistillTrainer(
         parts.distiller,
@@ -170,6 +176,7 @@ def _trainer(
         parts.data,
         parts.batches,
         lambda distiller: parts.evaluate(distiller)[0],
+        clock,
     )
     trainer.add_callback(MetricsFile(run.metrics))
     trainer.add_callback(SealedCheckpoints(identity))

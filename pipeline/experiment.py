@@ -64,8 +64,6 @@ def _run(
     ]
     if len(waiting) == len(config.runs):
         declare(config, runs_dir)
-    ran = len(waiting)
-    start = time.perf_counter()
     with progress_bar() as bar, _Grid(config, len(waiting), bar, shares_of_cores(_cores(), jobs)) as grid:
         while waiting or grid.active:
             while waiting and grid.free:
@@ -77,7 +75,7 @@ def _run(
                 )
             time.sleep(POLL_SECONDS)
             grid.poll()
-    return ExperimentRuns(read_records(config, runs_dir), grid.failures, time.perf_counter() - start if ran else 0.0)
+    return ExperimentRuns(read_records(config, runs_dir), grid.failures)
 
 
 def _cores() -> list[int]:

@@ -34,19 +34,24 @@ def placed(where: Where, field: str) -> Iterator[None]:
 
 
 def parse_fields(document: Mapping[str, Any], hints: Mapping[str, Any], where: Where) -> dict[str, Any]:
-    """The document with every value as `hints` types it: a type, a union of types, or a Literal of words.
+    """The document with every value as `hints` types it: a type, a union of types, or a Literal of words. A list
+    is what a command line has with commas.
 
     Raises ConfigError saying where the field is that is unknown or does not fit.
     """
-    parsed = {}
+    parsed: dict[str, Any] = {}
     for name, value in document.items():
         if name not in hints:
             raise ConfigError(
                 f"{where(name)}: no such field", expected=", ".join(hints), found=name, remedy="Mend its name"
             )
         options = (hints[name],) if isinstance(hints[name], type) else get_args(hints[name])
-        whole = type(value) is int and float in options and int not in options
-        parsed[name] = float(value) if whole else value
+        if isinstance(value, list) and str in options:
+            parsed[name] = ",".join(map(str, value))
+        elif type(value) is int and float in options and int not in options:
+            parsed[name] = float(value)
+        else:
+            parsed[name] = value
         if not any(parsed[name] == option or type(parsed[name]) is option for option in options):
             shown = (o if isinstance(o, str) else o.__name__ for o in options if o is not type(None))
             raise ConfigError(where(name), expected=" or ".join(shown), found=repr(value), remedy="Mend its value")

@@ -20,12 +20,10 @@ from .split_hygiene import require_disjoint_splits, split_hashes
 
 @dataclass(frozen=True)
 class ExperimentRuns:
-    """What came of the grid: records by run name, the error of each failed run, and how long this call took for its
-    runs (0 where none was missing)."""
+    """What came of the grid: records by run name, and the error of each failed run."""
 
     records: dict[str, dict[str, Any]]
     failures: dict[str, str]
-    wall_seconds: float
 
 
 def finished_runs(config: ExperimentConfig, runs_dir: Path) -> ExperimentRuns:
@@ -39,7 +37,7 @@ def finished_runs(config: ExperimentConfig, runs_dir: Path) -> ExperimentRuns:
         is_finished(runs_dir / run.name, run.recipe, [stores[place] for place in run.stores])
     records = read_records(config, runs_dir)
     failed = (run for run in experiment_status(config, runs_dir) if run.state == "failed" and run.name not in records)
-    return ExperimentRuns(records, {run.name: run.said for run in failed}, 0.0)
+    return ExperimentRuns(records, {run.name: run.said for run in failed})
 
 
 def settled_runs(config: ExperimentConfig, runs_dir: Path) -> ExperimentRuns | None:

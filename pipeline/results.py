@@ -68,7 +68,6 @@ class Results:
     runs: list[RunResult]
     failures: dict[str, str]
     unrun: list[str]
-    wall_seconds: float
     comparisons: dict[str, list[Comparison]]
     claims: list[Claim]
     checkpoint_pairs: list[CheckpointPair]
@@ -115,7 +114,6 @@ def collect(config: ExperimentConfig, outcome: ExperimentRuns, runs_dir: Path) -
         runs=runs,
         failures=outcome.failures,
         unrun=unrun,
-        wall_seconds=outcome.wall_seconds,
         comparisons=comparisons,
         claims=claims(config, comparisons[config.primary_metric]),
         checkpoint_pairs=[

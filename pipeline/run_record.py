@@ -1,10 +1,9 @@
-"""What `run.json` says of a run, beside its metrics."""
+"""What `run.json` says of a run, beside its metrics and its costs."""
 
 from __future__ import annotations
 
 import platform
 import resource
-import time
 from importlib.metadata import version
 from typing import Any
 
@@ -49,22 +48,6 @@ def store_read(store: KVStore) -> dict[str, Any]:
         "lossy": store.lossy,
         "layers": list(store.manifest.layers),
         "tokens_kept": float(store.kv_length.sum() / store.length.sum()),
-    }
-
-
-def costs(trainer: DistillTrainer, started: float, setup_done: float, train_done: float) -> dict[str, Any]:
-    """Seconds by part. `train` is the loop without evaluations; `data_wait` is the part of it spent on batches."""
-    done = time.perf_counter()
-    train = train_done - setup_done - trainer.eval_seconds
-    return {
-        "seconds": {
-            "setup": setup_done - started,
-            "train": train,
-            "data_wait": trainer.data_wait_seconds,
-            "evaluation": trainer.eval_seconds + done - train_done,
-            "total": done - started,
-        },
-        "data_wait_share": trainer.data_wait_seconds / train,
     }
 
 

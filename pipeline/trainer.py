@@ -26,6 +26,7 @@ from .monitor import CollapseMonitor, gradient_share
 from .read_ahead import ReadAhead
 from .reading import reading
 from .run_checkpoints import REMEDY
+from .run_clock import RunClock
 from .training_data import KVDataset
 
 Evaluate = Callable[[KVDistiller], dict[str, float]]
@@ -41,10 +42,8 @@ SHARE_EVERY = 10
 
 
 class DistillTrainer(Trainer):
-    """Trains a KVDistiller. `evaluate` runs `evaluate_fn`; checkpoints hold safetensors and JSON only.
-
-    `data_wait_seconds` is the time the loop waited for batches, `eval_seconds` the time in evaluations.
-    """
+    """Trains a KVDistiller. `evaluate` runs `evaluate_fn`; checkpoints hold safetensors and JSON only. `clock` tells
+    what training, evaluations and waiting for batches took."""
 
     optimizer: Any
     lr_scheduler: Any
@@ -57,12 +56,12 @@ class DistillTrainer(Trainer):
         dataset: KVDataset | FusedDataset,
         batches: ShuffledBatches,
         evaluate_fn: Evaluate,
+        clock: RunClock,
     ) -> None:
         super().__init__(model=distiller, args=arguments, train_dataset=dataset, eval_dataset=dataset)
         self.config = config
         self.monitor = CollapseMonitor()
-        self.data_wait_seconds = 0.0
-        self.eval_seconds = 0.0
+        self.clock = clock
         self._batches = batches
         self._ahead: ReadAhead[Any] | None = None
         self._evaluate_fn = evaluate_fn
@@ -87,7 +86,7 @@ class DistillTrainer(Trainer):
         if self._ahead is None or self._ahead.source is not epoch_iterator:
             self._ahead = ReadAhead(epoch_iterator)
         batches = super().get_batch_samples(iter(self._ahead), num_batches, device)
-        self.data_wait_seconds += time.perf_counter() - start
+        self.clock.seconds["data_wait"] += time.perf_counter() - start
         return batches
 
     # ------------------------------------------------------------------ optimisation
@@ -162,10 +161,10 @@ class DistillTrainer(Trainer):
         super().log(logs, start_time)
 
     def evaluate(self, *_: Any, metric_key_prefix: str = "eval", **__: Any) -> dict[str, float]:
-        start = time.perf_counter()
+        self.clock.lap("train")
         distiller = self.accelerator.unwrap_model(self.model)
         metrics = {f"{metric_key_prefix}_{k}": v for k, v in self._evaluate_fn(distiller).items()}
-        self.eval_seconds += time.perf_counter() - start
+        self.clock.lap("evaluation")
         self.log(dict(metrics))
         # Trainer would ask again where an epoch ends with this step.
         self.control.should_evaluate = False
@@ -196,11 +195,14 @@ class DistillTrainer(Trainer):
         folder.mkdir(parents=True)
         save_model(self.model, str(folder / "model.safetensors"))
         self.monitor.save(folder)
+        self.clock.lap("train")
+        self.clock.save(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         with reading(Path(resume_from_checkpoint), REMEDY):
             load_model(model or self.model, str(Path(resume_from_checkpoint) / "model.safetensors"))
             self.monitor.load(Path(resume_from_checkpoint))
+            self.clock.load(Path(resume_from_checkpoint))
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self.args.should_save:

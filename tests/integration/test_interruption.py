@@ -101,6 +101,7 @@ def test_a_distillation_killed_after_a_checkpoint_ends_with_the_same_weights(
     assert not (run / "run.json").exists()
     # What a process leaves that is killed in the middle of a checkpoint.
     last = max(int(path.parent.name.split("-")[1]) for path in run.glob("checkpoints/*/checkpoint.json"))
+    earlier = json.loads((run / "checkpoints" / f"checkpoint-{last}" / "seconds.json").read_text())
     torn = run / "checkpoints" / f"checkpoint-{last + 6}"
     shutil.copytree(run / "checkpoints" / f"checkpoint-{last}", torn, dirs_exist_ok=True)
     (torn / "checkpoint.json").unlink()
@@ -109,6 +110,7 @@ def test_a_distillation_killed_after_a_checkpoint_ends_with_the_same_weights(
     assert "30 steps" in outcome.stdout
     record = json.loads((run / "run.json").read_text())
     assert record["resumed_from"] == f"checkpoint-{last}"
+    assert all(record["seconds"][part] > spent for part, spent in earlier.items()), "its costs are those of both"
     for file in ("student/model.safetensors", "aligner.safetensors", "predictions.jsonl"):
         assert (run / file).read_bytes() == (whole / file).read_bytes(), file
     expected = json.loads((whole / "run.json").read_text())

@@ -199,7 +199,7 @@ def make_experiment(
             directory.metrics.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
             directory.predictions.write_text("".join(_predictions(record["metrics"]["ce"], recipe.seed)))
             records[name] = directory.finish(record)
-        return FinishedExperiment(config, ExperimentRuns(records, failures, 60.0), runs_dir)
+        return FinishedExperiment(config, ExperimentRuns(records, failures), runs_dir)
 
     return make
 

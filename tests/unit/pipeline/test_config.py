@@ -223,9 +223,11 @@ def test_the_aligner_learns_five_times_as_fast_unless_told() -> None:
     assert DistillConfig(learning_rate=1e-3, aligner_learning_rate=7e-4).aligner_lr == 7e-4
 
 
-def test_a_runs_name_tells_its_mode_control_and_seed() -> None:
-    assert DistillConfig(seed=4).name == "structured-seed4"
-    assert DistillConfig(mode="flat", kv_control="shuffled").name == "flat-shuffled-seed0"
+def test_a_runs_name_tells_its_mode_fusion_control_and_seed() -> None:
+    assert DistillConfig(seed=4).name() == "structured-seed4"
+    assert DistillConfig(mode="flat", kv_control="shuffled").name() == "flat-shuffled-seed0"
+    assert DistillConfig(kv_control="none,shuffled").name(2) == "structured-fixed-none+shuffled-seed0"
+    assert DistillConfig(fusion="best-of").name(3) == "structured-best-of-seed0"
 
 
 def test_the_command_line_has_an_option_for_every_field_with_the_same_default() -> None:

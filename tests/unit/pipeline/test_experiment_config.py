@@ -138,6 +138,19 @@ def test_arms_may_read_stores_of_their_own(write: Write) -> None:
     }
 
 
+def test_a_list_is_what_the_command_line_has_with_commas(write: Write) -> None:
+    several = 'store = ["extract", "small"]\nfusion_weights = {}\nkv_control = {}\nkv_loss = {}\n'
+    words, lists = (
+        load_experiment(write(GOOD.replace(BASE, BASE + SMALL).replace('mode = "flat"', 'mode = "flat"\n' + found)))
+        for found in (
+            several.format('"1,0.5"', '"none,shuffled"', '"mse,mercator:0.1"'),
+            several.format("[1, 0.5]", '["none", "shuffled"]', '["mse", "mercator:0.1"]'),
+        )
+    )
+    assert lists == words
+    assert lists.arms["flat"].weights_of_stores(2) == [1.0, 0.5]
+
+
 def test_a_store_of_its_own_is_not_at_the_place_of_the_first(write: Write) -> None:
     text = GOOD.replace(BASE, BASE + SMALL).replace("samples = 40", 'store = "here/kv.zarr"')
     assert load_experiment(write(text)).stores["small"].store == Path("stores/qwen-small.zarr")
