@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
@@ -13,12 +14,14 @@ T = TypeVar("T")
 class ReadAhead(Generic[T]):
     """The items of `source`, in its order, each fetched by a thread before it is asked for.
 
-    One item is held at most. An error of `source` is raised, as it was, where its item would have come. The
-    thread ends with the items, with an error, or with this object.
+    One item is held at most; `waited` counts the seconds that were spent waiting for one. An error of `source` is
+    raised, as it was, where its item would have come. The thread ends with the items, with an error, or with this
+    object.
     """
 
     def __init__(self, source: Iterator[T]) -> None:
         self.source = source
+        self.waited = 0.0
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="kvpipe-reader")
         self._next = self._thread.submit(_one, source)
 
@@ -26,11 +29,13 @@ class ReadAhead(Generic[T]):
         return self
 
     def __next__(self) -> T:
+        start = time.perf_counter()
         try:
             items = self._next.result()
         except BaseException:
             self._thread.shutdown(wait=False)
             raise
+        self.waited += time.perf_counter() - start
         if not items:
             self._thread.shutdown()
             raise StopIteration

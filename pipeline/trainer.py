@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import shutil
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -82,11 +81,11 @@ class DistillTrainer(Trainer):
         return self.accelerator.prepare(loader)
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
-        start = time.perf_counter()
         if self._ahead is None or self._ahead.source is not epoch_iterator:
             self._ahead = ReadAhead(epoch_iterator)
+        before = self._ahead.waited
         batches = super().get_batch_samples(iter(self._ahead), num_batches, device)
-        self.clock.seconds["data_wait"] += time.perf_counter() - start
+        self.clock.seconds["data_wait"] += self._ahead.waited - before
         return batches
 
     # ------------------------------------------------------------------ optimisation

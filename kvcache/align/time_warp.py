@@ -45,7 +45,8 @@ class TimeMap:
         for row, sample in enumerate(samples):
             length, own_width = sample.index.shape
             # Places of no weight repeat one that has: no token is looked at that is not asked for.
-            index[row, :length] = np.pad(sample.index, ((0, 0), (0, width - own_width)), mode="edge")
+            index[row, :length, :own_width] = sample.index
+            index[row, :length, own_width:] = sample.index[:, -1:]
             weight[row, :length, :own_width] = sample.weight
         return cls(torch.from_numpy(index), torch.from_numpy(weight))
 

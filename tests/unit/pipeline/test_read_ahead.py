@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import threading
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -41,6 +42,26 @@ def test_the_next_item_is_fetched_before_it_is_asked_for() -> None:
     assert fetched.acquire(timeout=10)
     assert fetched.acquire(timeout=10), "the second item is fetched though only one was asked for"
     assert not fetched.acquire(timeout=0.05), "no more than one item is held"
+
+
+def test_waiting_is_counted_and_work_in_between_is_not() -> None:
+    ready = threading.Event()
+
+    def source() -> Iterator[int]:
+        yield 0
+        ready.wait(10)
+        yield 1
+
+    ahead = ReadAhead(source())
+    assert next(ahead) == 0
+    before = ahead.waited
+    threading.Timer(0.2, ready.set).start()
+    assert next(ahead) == 1
+    assert ahead.waited - before > 0.15
+    before = ahead.waited
+    time.sleep(0.2)
+    assert list(ahead) == []
+    assert ahead.waited - before < 0.1
 
 
 def test_an_error_comes_where_its_item_would_have() -> None:
