@@ -105,20 +105,24 @@ def frontier(results: Results) -> str:
 
 @mpl.rc_context(STYLE)
 def weights_of_teachers(results: Results) -> str:
-    """How much each teacher of an arm with several counted on held-out tokens by step, a panel an arm: the mean of its
-    seeds, and their range."""
-    arms = [arm for arm in results.arms() if any(run.weights for run in results.runs_of(arm))]
+    """How much each teacher counted on held-out tokens by step, a panel for every arm whose weights are not fixed:
+    every seed, and the mean of all. Empty where there is no such arm."""
+    routed = [run for run in results.runs if run.weights and run.record["config"]["fusion"] != "fixed"]
+    arms = list(dict.fromkeys(run.arm for run in routed))
+    if not arms:
+        return ""
     figure = Figure(figsize=(6.4, 0.6 + 1.5 * len(arms)), layout="constrained")
     panels = figure.subplots(len(arms), squeeze=False, sharex=True)[:, 0]
     colours = dict(zip(dict.fromkeys(p for arm in arms for p in results.arm_stores[arm]), cycle(COLOURS), strict=False))
     for arm, axes in zip(arms, panels, strict=True):
-        curves = [run.weights for run in results.runs_of(arm) if run.weights]
-        length = min(map(len, curves), default=0)
-        for number, place in enumerate(results.arm_stores[arm] if length else ()):
-            steps = [step for step, _ in curves[0][:length]]
-            values = np.array([[weights[number] for _, weights in curve[:length]] for curve in curves])
-            axes.plot(steps, values.mean(0), color=colours[place], label=Path(place).stem, marker="o", markersize=3)
-            axes.fill_between(steps, values.min(0), values.max(0), color=colours[place], alpha=0.15, linewidth=0)
+        curves = [run.weights for run in routed if run.arm == arm]
+        length = min(map(len, curves))
+        steps = [step for step, _ in curves[0][:length]]
+        values = np.array([[weights for _, weights in curve[:length]] for curve in curves])
+        for number, place in enumerate(results.arm_stores[arm]):
+            of_teacher, colour = values[:, :, number], colours[place]
+            axes.plot(steps, of_teacher.T, color=colour, alpha=0.35, linewidth=0.8)
+            axes.plot(steps, of_teacher.mean(0), color=colour, label=Path(place).stem, marker="o", markersize=3)
         axes.set_ylim(-0.03, 1.03)
         axes.set_title(arm, loc="left", fontsize=10)
         axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))

@@ -27,8 +27,8 @@ def write_report(results: Results, folder: Path) -> Path:
     }
     if len(results.stores) > 1:
         figures["frontier"] = frontier(results)
-    if teachers := teacher_rows(results):
-        figures["teacher_weights"] = weights_of_teachers(results)
+    if weights := weights_of_teachers(results):
+        figures["teacher_weights"] = weights
     environment = Environment(
         loader=PackageLoader("kvpipe.pipeline", "templates"),
         autoescape=select_autoescape(["html.jinja"]),
@@ -44,7 +44,7 @@ def write_report(results: Results, folder: Path) -> Path:
         "claims": [claim_sentence(claim) for claim in results.claims],
         "summary": {metric: arm_summary(results, metric) for metric in results.comparisons},
         "training": {arm: training_summary(results.runs_of(arm)) for arm in results.arms()},
-        "teachers": teachers,
+        "teachers": teacher_rows(results),
         "lower_is_better": LOWER_IS_BETTER,
         "figures": figures,
         "collapsed_weight": COLLAPSED,

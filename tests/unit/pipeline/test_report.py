@@ -13,6 +13,8 @@ from typing import Any, NoReturn
 from xml.etree import ElementTree
 
 import pytest
+from kvpipe.kvcache.align.fusion import FusionName
+from kvpipe.pipeline.config import DistillConfig
 from kvpipe.pipeline.questions import Question
 from kvpipe.pipeline.report import number, p_value, sentence, write_report
 from kvpipe.pipeline.results import Results, collect
@@ -223,17 +225,24 @@ def test_several_stores_have_a_frontier(make_experiment: MakeExperiment, tmp_pat
     assert "![bytes a token against quality](frontier.svg)" in (tmp_path / "report.md").read_text()
 
 
-def test_arms_of_several_teachers_show_how_much_each_counted(make_experiment: MakeExperiment, tmp_path: Path) -> None:
+@pytest.mark.parametrize("fusion", ["fixed", "learned"])
+def test_arms_of_several_teachers_show_how_much_each_counted(
+    make_experiment: MakeExperiment, tmp_path: Path, fusion: FusionName
+) -> None:
     def fuse(name: str, record: dict[str, Any]) -> None:
         if name.startswith("fused"):
             record["metrics"] |= {"fusion_weight_0": 0.97, "fusion_weight_1": 0.03}
             record["router_collapsed"] = name == "fused-seed1"
 
-    results = results_of(make_experiment({"none": 1.0, "fused": 0.9}, edit=fuse, curve=False))
+    recipes = {"none": DistillConfig(mode="none"), "fused": DistillConfig(fusion=fusion)}
+    results = results_of(make_experiment({"none": 1.0, "fused": 0.9}, recipes=recipes, edit=fuse, curve=False))
     results = replace(results, arm_stores={"none": ["a.zarr"], "fused": ["a.zarr", "b.zarr"]})
-    page = write_report(results, tmp_path).read_text()
+    page, text = write_report(results, tmp_path).read_text(), (tmp_path / "report.md").read_text()
     assert "<td>fused</td><td>b</td><td>0.0300</td>" in page
-    assert "| fused | a | 0.9700 | 0.9700 … 0.9700 | the same | 1 |" in (tmp_path / "report.md").read_text()
+    assert "| fused | a | 0.9700 | 0.9700 … 0.9700 | the same | 1 |" in text
+    drawn = fusion != "fixed"
+    assert ("by step: every seed" in page) == ("teacher_weights.svg" in text) == drawn
+    assert (tmp_path / "teacher_weights.svg").exists() == drawn, "weights that are declared are not worth a plot"
 
 
 def test_arms_of_several_teachers_of_which_no_run_is_finished_are_left_out(
