@@ -12,7 +12,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -52,24 +52,24 @@ class Steps:
 
     def from_memory(self) -> float:
         """Seconds."""
-        return self._train(iter([self.data.__getitems__(indices) for indices in self.batches]))
+        seconds, _ = self._train(iter([self.data.__getitems__(indices) for indices in self.batches]), lambda: 0.0)
+        return seconds
 
     def from_stores(self) -> float:
         """Seconds; the share of them that was spent waiting goes to `waits`."""
         ahead = ReadAhead(iter(map(self.data.__getitems__, self.batches)))
-        seconds = self._train(ahead)
-        self.waits.append((ahead.waited - self._first_wait) / seconds)
+        seconds, waited = self._train(ahead, lambda: ahead.waited)
+        self.waits.append(waited / seconds)
         return seconds
 
-    def _train(self, batches: Iterator[Batch]) -> float:
+    def _train(self, batches: Iterator[Batch], waited: Callable[[], float]) -> tuple[float, float]:
+        """Seconds, and those of them that were waited, after the first batch."""
         optimizer = torch.optim.AdamW([p for p in self.distiller.parameters() if p.requires_grad], lr=1e-4)
-        first = next(batches)
-        self._first_wait = getattr(batches, "waited", 0.0)
-        self._step(first, optimizer)
-        start = time.perf_counter()
+        self._step(next(batches), optimizer)
+        start, before = time.perf_counter(), waited()
         for batch in batches:
             self._step(batch, optimizer)
-        return time.perf_counter() - start
+        return time.perf_counter() - start, waited() - before
 
     def _step(self, batch: Batch, optimizer: torch.optim.Optimizer) -> None:
         optimizer.zero_grad()

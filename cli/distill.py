@@ -216,7 +216,7 @@ def distill(
     from ..pipeline.config import DistillConfig
     from ..pipeline.distill import distill as run
     from ..pipeline.distill import find_store
-    from ..pipeline.teacher_weights import teacher_weights
+    from ..pipeline.teacher_weights import COLLAPSED, teacher_weights
 
     config = DistillConfig.from_mapping(
         {field.name: given[field.name] for field in fields(DistillConfig)}, "the command line: {}".format
@@ -251,9 +251,8 @@ def distill(
             + (f"; weights: {', '.join(by_teacher)}." if by_teacher else ".")
         )
     if record["router_collapsed"]:
-        typer.secho(
-            "The router collapsed: one teacher has all but all of the weight.", fg=typer.colors.YELLOW, err=True
-        )
+        sentence = f"The router collapsed: one teacher has more than {COLLAPSED:.0%} of the weight."
+        typer.secho(sentence, fg=typer.colors.YELLOW, err=True)
     if record["collapsed"]:
         typer.secho("The distillation target collapsed during this run.", fg=typer.colors.YELLOW, err=True)
     if record["absorbed"]:

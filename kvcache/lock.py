@@ -21,8 +21,12 @@ SECONDS_TO_SIGN = 5
 
 
 def lock_path(path: Path) -> Path:
-    """The marker beside a store or a run directory, hidden."""
-    return path.with_name(f".{path.name}.lock")
+    """The marker beside a store or a run directory, hidden: one, whatever path leads there. Raises StoreError where
+    there is no beside."""
+    place = path.resolve()
+    if not place.name:
+        raise StoreError("not a place to write", expected="a folder of its own", found=path, remedy="Choose another")
+    return place.with_name(f".{place.name}.lock")
 
 
 @contextmanager

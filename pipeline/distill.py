@@ -19,7 +19,7 @@ from ..kvcache.align.layer_map import write_layer_map
 from ..kvcache.errors import DivergenceError, StoreError
 from ..kvcache.files import write_atomic
 from ..kvcache.lock import only_writer
-from ..kvcache.manifest import hash_json, hash_weights
+from ..kvcache.manifest import hash_config, hash_json, hash_weights
 from ..kvcache.store import KVStore
 from .callbacks import MetricsFile, TrainingProgress
 from .compatibility import require_learnable, require_positions, student_text, train_indices
@@ -87,6 +87,8 @@ def distill(
     for store in stores:
         store.require_complete()
     run, identity = RunDirectory(run_dir), run_identity(config, stores)
+    if overwrite:
+        run.require_outside([*store_paths, Path(config.student)])
     run.require_free(identity, overwrite=overwrite)
     if not overwrite and (record := run.read_record()) is not None:
         run.require_outputs(record)
@@ -100,11 +102,12 @@ def distill(
         trainer = _trainer(parts, config, arguments, run, identity, clock)
         clock.lap("setup")
         with progress or progress_bar() as bar:
-            trainer.add_callback(TrainingProgress(bar, run_dir.name))
+            trainer.add_callback(TrainingProgress(bar, run.name))
             trainer.run(checkpoint)
         clock.lap("train")
         record = {
             **_outcome(parts, config, run, trainer),
+            "student": identity["student"],
             "resumed_from": checkpoint.name if checkpoint is not None else None,
             **description(parts.distiller, trainer, config, resolved),
         }
@@ -144,7 +147,7 @@ def _build(config: DistillConfig, stores: Sequence[KVStore], device: torch.devic
     batches = ShuffledBatches(np.asarray(train), text.length, config.batch_size, config.seed, store.layout.samples)
     # What two runs must share to be compared as a pair.
     pairing = {
-        "student_init": hash_weights(student.state_dict().items())[:16],
+        "student_init": hash_json([hash_config(student.config), hash_weights(student.state_dict().items())])[:16],
         "data_order": hash_json(list(batches))[:16],
         "eval_samples": hash_json([store.records[index] for index in held_out])[:16],
     }
@@ -214,7 +217,7 @@ def _arguments(
         dataloader_pin_memory=device.type == "cuda",
         remove_unused_columns=False,
         report_to=list(report_to) or "none",
-        run_name=run.path.name,
+        run_name=run.name,
         disable_tqdm=True,
     )
     if device.type == "cuda":
@@ -230,7 +233,7 @@ def _outcome(parts: _Parts, config: DistillConfig, run: RunDirectory, trainer: D
     """What was read, what came out of it, and what makes the run one of a pair."""
     metrics = _final_metrics(parts, config, run, trainer.state.global_step)
     return {
-        "name": run.path.name,
+        "name": run.name,
         "stores": [store_read(matched.store) for matched in parts.stores],
         "train_samples": len(parts.train),
         "common_samples": common_samples(parts.stores, parts.train),

@@ -101,7 +101,7 @@ def _samples_per_shard(table: SampleTable, every_layer: KVGeometry, max_shard_by
 
 def require_folder(path: Path) -> Path:
     """The deepest folder on the way to a store that is there. Raises StoreError where a file is in the way."""
-    existing = next(parent for parent in path.absolute().parents if parent.exists())
+    existing = next((parent for parent in path.absolute().parents if parent.exists()), path)
     if not existing.is_dir():
         raise StoreError(
             f"{path} cannot be a store",

@@ -12,6 +12,10 @@ Where = Callable[[str], str]
 """Says where a field was found: a place in a file, or an option."""
 
 
+COMMAS = ("kv_loss", "kv_control", "kv_segments", "fusion_weights", "layers", "segments")
+"""Fields of several words or numbers."""
+
+
 class FieldError(ConfigError):
     """A value that fits its field's type and nothing else. `place` is where it was found."""
 
@@ -34,8 +38,8 @@ def placed(where: Where, field: str) -> Iterator[None]:
 
 
 def parse_fields(document: Mapping[str, Any], hints: Mapping[str, Any], where: Where) -> dict[str, Any]:
-    """The document with every value as `hints` types it: a type, a union of types, or a Literal of words. A list
-    is what a command line has with commas.
+    """The document with every value as `hints` types it: a type, a union of types, or a Literal of words. Those
+    of COMMAS take a list as well, of what a command line has between commas.
 
     Raises ConfigError saying where the field is that is unknown or does not fit.
     """
@@ -46,13 +50,18 @@ def parse_fields(document: Mapping[str, Any], hints: Mapping[str, Any], where: W
                 f"{where(name)}: no such field", expected=", ".join(hints), found=name, remedy="Mend its name"
             )
         options = (hints[name],) if isinstance(hints[name], type) else get_args(hints[name])
-        if isinstance(value, list) and str in options:
+        if name in COMMAS and _is_list_of_words(value):
             parsed[name] = ",".join(map(str, value))
         elif type(value) is int and float in options and int not in options:
             parsed[name] = float(value)
         else:
             parsed[name] = value
         if not any(parsed[name] == option or type(parsed[name]) is option for option in options):
-            shown = (o if isinstance(o, str) else o.__name__ for o in options if o is not type(None))
+            shown = [o if isinstance(o, str) else o.__name__ for o in options if o is not type(None)]
+            shown += ["list of them"] if name in COMMAS else []
             raise ConfigError(where(name), expected=" or ".join(shown), found=repr(value), remedy="Mend its value")
     return parsed
+
+
+def _is_list_of_words(value: object) -> bool:
+    return isinstance(value, list) and all(type(item) in (str, int, float) and "," not in str(item) for item in value)

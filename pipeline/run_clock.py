@@ -11,7 +11,8 @@ FILE = "seconds.json"
 
 
 class RunClock:
-    """Time goes to the part that the next `lap` names. `data_wait` is the part of `train` that was spent on batches.
+    """Time goes to the part that the next `lap` names. `data_wait` is the part of `train` that was spent waiting for
+    batches.
 
     What a process did after its last checkpoint is done again, and counts once.
     """
@@ -25,6 +26,10 @@ class RunClock:
         now = time.perf_counter()
         self.seconds[part] += now - self._last
         self._last = now
+
+    def waited(self, seconds: float) -> None:
+        """So much of what `train` will be told was spent waiting for a batch."""
+        self.seconds["data_wait"] += seconds
 
     def save(self, folder: Path) -> None:
         """Write `seconds.json`, for the process that resumes the run."""

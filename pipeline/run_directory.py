@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +15,41 @@ from ..kvcache.manifest import first_difference
 from ..kvcache.store import KVStore
 from .config import DistillConfig
 from .reading import reading
+from .student_files import student_files
+
+SHAPE: dict[str, type] = {
+    **dict.fromkeys(("config", "metrics", "pairing", "parameters", "seconds", "student"), dict),
+    **dict.fromkeys(("steps", "tokens", "teacher_forwards"), int),
+    **dict.fromkeys(("collapsed", "absorbed"), bool),
+    "stores": list,
+    "data_wait_share": float,
+}
+"""What everybody who reads a record takes for granted."""
+
+NUMBERS = {
+    "metrics": ("ce", "token_accuracy"),
+    "parameters": ("student", "aligner"),
+    "seconds": ("setup", "train", "data_wait", "evaluation", "total"),
+}
+"""Of the parts that hold numbers, or None for what could not be measured, those that are always there."""
 
 
 def run_identity(config: DistillConfig, stores: Sequence[KVStore]) -> dict[str, Any]:
-    """What makes two runs the same run: the recipe and the stores' manifests, in their order."""
-    return {"config": config.to_dict(), "stores": [store.manifest.hash for store in stores]}
+    """What makes two runs the same run: the recipe, the stores' manifests, in their order, and the student's files."""
+    return {
+        "config": config.to_dict(),
+        "stores": [store.manifest.hash for store in stores],
+        "student": student_files(config.student),
+    }
 
 
 def run_of(record: Mapping[str, Any]) -> dict[str, Any]:
     """The identity of a finished run, from its record."""
-    return {"config": record["config"], "stores": [store["manifest"] for store in record["stores"]]}
+    return {
+        "config": record["config"],
+        "stores": [store["manifest"] for store in record["stores"]],
+        "student": record["student"],
+    }
 
 
 class RunDirectory:
@@ -32,6 +57,7 @@ class RunDirectory:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.name = path.resolve().name
         self.metrics = path / "metrics.jsonl"
         self.predictions = path / "predictions.jsonl"
         self.student = path / "student"
@@ -56,6 +82,7 @@ class RunDirectory:
         with reading(self.path, self._remedy):
             record = json.loads(path.read_bytes())
             require_seal(record)
+            _require_shape(record)
             if run_of(record) != _parse(self.path / "config.json"):
                 raise ValueError("run.json is that of another run")
             require_files(
@@ -71,6 +98,18 @@ class RunDirectory:
     @property
     def _remedy(self) -> str:
         return f"Delete {self.path / 'run.json'}: the same command then goes on from the run's last checkpoint"
+
+    def require_outside(self, inputs: Iterable[Path]) -> None:
+        """Raise ConfigError for what a run reads where it lies in the folder that it would overwrite."""
+        folder = self.path.resolve()
+        for path in inputs:
+            if path.exists() and folder in [path.resolve(), *path.resolve().parents]:
+                raise ConfigError(
+                    f"--overwrite would delete {path}, which the run reads",
+                    expected="it outside of the run's folder",
+                    found=f"it in {self.path}",
+                    remedy="Choose another --output-dir, or move it",
+                )
 
     def claim(self, identity: dict[str, Any], *, overwrite: bool) -> None:
         """Take the folder for a run. With `overwrite` the run in it goes first."""
@@ -103,7 +142,7 @@ class RunDirectory:
         """A model's folder has a config.json too, and must never be overwritten. (One that is only half written is
         what a killed run left.)"""
         config = _parse(self.path / "config.json")
-        return config is not None and config.keys() == {"config", "stores"}
+        return config is not None and config.keys() == {"config", "stores", "student"}
 
     def _require_same(self, identity: dict[str, Any]) -> None:
         if difference := first_difference(identity, _parse(self.path / "config.json") or {}):
@@ -130,6 +169,19 @@ class RunDirectory:
         sealed = seal({**record, "files": files})
         write_atomic(self.path / "run.json", _pretty(sealed))
         return sealed
+
+
+def _require_shape(record: Mapping[str, Any]) -> None:
+    """Raise ValueError for a record that another version wrote, or nobody."""
+    for name, kind in SHAPE.items():
+        if type(record.get(name)) is not kind:
+            raise ValueError(f"{name} is no {kind.__name__}")
+    for name, always in NUMBERS.items():
+        values = record[name]
+        if not all(value is None or type(value) in (int, float) for value in values.values()):
+            raise ValueError(f"{name} holds other things than numbers")
+        if missing := [part for part in always if values.get(part) is None]:
+            raise ValueError(f"{name} has no {missing[0]}")
 
 
 def _pretty(document: dict[str, Any]) -> bytes:

@@ -85,7 +85,7 @@ class DistillTrainer(Trainer):
             self._ahead = ReadAhead(epoch_iterator)
         before = self._ahead.waited
         batches = super().get_batch_samples(iter(self._ahead), num_batches, device)
-        self.clock.seconds["data_wait"] += self._ahead.waited - before
+        self.clock.waited(self._ahead.waited - before)
         return batches
 
     # ------------------------------------------------------------------ optimisation
@@ -147,6 +147,10 @@ class DistillTrainer(Trainer):
     # ------------------------------------------------------------------ logs and evaluation
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As Trainer does, with the parts of the loss. Its own summary at the end is left out: of a resumed run it
+        knows the last process alone, and `run.json` says all of it."""
+        if "train_runtime" in logs:
+            return
         if not all(math.isfinite(logs[name]) for name in ("loss", "eval_ce") if name in logs):
             raise DivergenceError(self.state.global_step)
         if "loss" in logs and self._part_steps:

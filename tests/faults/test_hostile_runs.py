@@ -96,6 +96,7 @@ RUNS: dict[str, Callable[[Path], object]] = {
     "state of other names": _edit("trainer_state.json", other=1),
     "state of other callbacks": _edit("trainer_state.json", stateful_callbacks={"TrainerControl": {"args": {"x": 1}}}),
     "monitor of words": _overwrite("checkpoints/*/monitor.json", b'["a", "b"]'),
+    "seconds of words": _overwrite("checkpoints/*/seconds.json", b'["a", "b"]'),
     "random state of words": _overwrite("checkpoints/*/rng_state_0.json", b'{"python": 1}'),
     "checkpoint of another step": _renamed,
     "config is deep": _overwrite("config.json", DEEP),

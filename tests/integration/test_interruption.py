@@ -106,11 +106,14 @@ def test_a_distillation_killed_after_a_checkpoint_ends_with_the_same_weights(
     shutil.copytree(run / "checkpoints" / f"checkpoint-{last}", torn, dirs_exist_ok=True)
     (torn / "checkpoint.json").unlink()
 
+    start = time.perf_counter()
     outcome = kvpipe(*command, cwd=tmp_path)
+    second = time.perf_counter() - start
     assert "30 steps" in outcome.stdout
     record = json.loads((run / "run.json").read_text())
     assert record["resumed_from"] == f"checkpoint-{last}"
-    assert all(record["seconds"][part] > spent for part, spent in earlier.items()), "its costs are those of both"
+    for part, spent in earlier.items():
+        assert spent <= record["seconds"][part] < spent + second, "its costs are those of both processes, once"
     for file in ("student/model.safetensors", "aligner.safetensors", "predictions.jsonl"):
         assert (run / file).read_bytes() == (whole / file).read_bytes(), file
     expected = json.loads((whole / "run.json").read_text())

@@ -73,3 +73,19 @@ def test_it_is_given_back_when_the_work_fails(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError), only_writer(tmp_path / "x.zarr"):
         print(1 / 0)  # noqa: T201
     assert list(tmp_path.iterdir()) == []
+
+
+def test_all_paths_to_one_place_have_one_marker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = tmp_path / "x.zarr"
+    store.mkdir()
+    (tmp_path / "link").symlink_to("x.zarr")
+    monkeypatch.chdir(store)
+    marker = tmp_path / ".x.zarr.lock"
+    assert {lock_path(Path(path)) for path in (".", "", "../x.zarr", "../link", store)} == {marker}
+    with only_writer(tmp_path / "link"), pytest.raises(StoreError, match="another process writes"), only_writer(store):
+        pytest.fail("two writers")
+
+
+def test_there_is_nothing_beside_the_root() -> None:
+    with pytest.raises(StoreError, match="not a place to write"), only_writer(Path("/")):
+        pytest.fail("a writer of everything")

@@ -226,6 +226,7 @@ def _run_record(name: str, recipe: DistillConfig, ce: float, manifest: str) -> d
         "data_wait_share": 0.083,
         "teacher_forwards": 0,
         "stores": [{"path": "stores/teacher.zarr", "manifest": manifest}],
+        "student": {},
         "versions": {"python": "3.11", "kvpipe": "0.1.0"},
         "pairing": {"student_init": f"i{recipe.seed}", "data_order": f"o{recipe.seed}", "eval_samples": "e"},
     }

@@ -165,6 +165,18 @@ def test_the_frontier_compares_every_store_and_two_controls_within_a_margin(root
 
 
 BROKEN = {
+    "a list of models": ('model = "qwen"', 'model = ["qwen", "llama"]', "extract.model: expected str, found"),
+    "a list of truths": ("samples = 40", "layers = [true]", "extract.layers: expected str or list of them"),
+    "a list of lists": (
+        'mode = "flat"',
+        'mode = "flat"\nfusion_weights = [[1], 2]',
+        "arms.flat.fusion_weights: expected",
+    ),
+    "commas in a list": (
+        'mode = "flat"',
+        'mode = "flat"\nkv_control = ["none,none"]',
+        "arms.flat.kv_control: expected",
+    ),
     "a store that is not there": (
         'mode = "flat"',
         'mode = "flat"\nstore = "small"',

@@ -13,16 +13,32 @@ from kvpipe.kvcache.store import KVStore
 from kvpipe.pipeline.config import DistillConfig
 from kvpipe.pipeline.run_directory import RunDirectory, run_identity
 
-IDENTITY: dict[str, Any] = {"config": {"mode": "flat", "seed": 0}, "stores": ["f00"]}
-OTHER: dict[str, Any] = {"config": {"mode": "flat", "seed": 1}, "stores": ["f00"]}
+IDENTITY: dict[str, Any] = {"config": {"mode": "flat", "seed": 0}, "stores": ["f00"], "student": {}}
+OTHER: dict[str, Any] = {"config": {"mode": "flat", "seed": 1}, "stores": ["f00"], "student": {}}
+METRICS = {"ce": 3, "token_accuracy": 0.5, "exact_match": None}
+RECORD: dict[str, Any] = {
+    "config": IDENTITY["config"],
+    "stores": [{"manifest": "f00"}],
+    "student": {},
+    "metrics": METRICS,
+    "pairing": {},
+    "parameters": {"student": 2, "aligner": 0},
+    "seconds": dict.fromkeys(("setup", "train", "data_wait", "evaluation", "total"), 1.0),
+    "steps": 1,
+    "tokens": 9,
+    "teacher_forwards": 0,
+    "collapsed": False,
+    "absorbed": False,
+    "data_wait_share": 0.1,
+}
 
 
-def finish(run: RunDirectory) -> None:
+def finish(run: RunDirectory, record: dict[str, Any] = RECORD) -> None:
     run.metrics.write_text('{"step": 1}\n')
     run.predictions.write_text('{"id": "0"}\n')
     run.student.mkdir()
     (run.student / "model.safetensors").write_bytes(b"weights")
-    run.finish({"metrics": {"ce": 3}, "config": IDENTITY["config"], "stores": [{"manifest": IDENTITY["stores"][0]}]})
+    run.finish(record)
 
 
 def test_a_run_claims_a_new_or_empty_folder_and_may_come_back(tmp_path: Path) -> None:
@@ -34,7 +50,7 @@ def test_a_run_claims_a_new_or_empty_folder_and_may_come_back(tmp_path: Path) ->
     run.claim(IDENTITY, overwrite=False)
     record = run.read_record()
     assert record is not None
-    assert record["metrics"] == {"ce": 3}
+    assert record["metrics"] == METRICS
 
 
 def test_another_run_is_refused_by_the_field_that_differs(tmp_path: Path) -> None:
@@ -137,9 +153,58 @@ def test_another_runs_record_with_all_that_it_counts_on_is_refused(tmp_path: Pat
 def test_the_identity_is_the_recipe_and_the_store(make_segmented_store: Callable[..., tuple[KVStore, Any]]) -> None:
     store, _ = make_segmented_store([5, 6])
     identity = run_identity(DistillConfig(), [store])
-    assert identity == {"config": DistillConfig().to_dict(), "stores": [store.manifest.hash]}
+    assert identity == {"config": DistillConfig().to_dict(), "stores": [store.manifest.hash], "student": {}}
     assert identity != run_identity(DistillConfig(seed=1), [store])
     assert json.loads(json.dumps(identity)) == identity
+
+
+def test_a_student_on_disk_is_its_files(
+    make_segmented_store: Callable[..., tuple[KVStore, Any]], tmp_path: Path
+) -> None:
+    """A configuration, a folder: whoever edits them has another student, and their path says nothing of it."""
+    store, _ = make_segmented_store([5, 6])
+    for student, file in (("mine.json", "mine.json"), ("mine", "mine/config.json"), ("mine", "mine/model.safetensors")):
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).write_text('{"rope_theta": 10000}')
+        config = DistillConfig(student=str(tmp_path / student))
+        before = run_identity(config, [store])
+        run = RunDirectory(tmp_path / "runs" / file)
+        run.claim(before, overwrite=False)
+        assert json.loads(json.dumps(before)) == before == run_identity(config, [store])
+        (tmp_path / file).write_text('{"rope_theta": 10001}')
+        with pytest.raises(ConfigError, match=rf"holds another run \(student\.{Path(file).name}\.crc32c differs\)"):
+            run.require_free(run_identity(config, [store]), overwrite=False)
+
+
+WRONG_RECORDS = {
+    "no seconds": {"seconds": None},
+    "seconds that are words": {"seconds": RECORD["seconds"] | {"train": "long"}},
+    "no total": {"seconds": {"setup": 1.0}},
+    "metrics that are words": {"metrics": METRICS | {"ce": "low"}},
+    "nothing for cross-entropy": {"metrics": METRICS | {"ce": None}},
+    "parameters in a list": {"parameters": [1, 2]},
+    "no number of steps": {"steps": None},
+    "a share in words": {"data_wait_share": "all"},
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_RECORDS.values(), ids=WRONG_RECORDS.keys())
+def test_a_sealed_record_of_another_version_is_refused(tmp_path: Path, wrong: dict[str, Any]) -> None:
+    run = RunDirectory(tmp_path)
+    run.claim(IDENTITY, overwrite=False)
+    finish(run, RECORD | wrong)
+    with pytest.raises(ConfigError, match=rf"is damaged: expected what kvpipe wrote, found {next(iter(wrong))} "):
+        run.read_record()
+
+
+def test_overwriting_never_deletes_what_the_run_reads(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path / "run")
+    (tmp_path / "run" / "student").mkdir(parents=True)
+    (tmp_path / "link").symlink_to("run/student")
+    for inside in (tmp_path / "run", tmp_path / "run" / "student", tmp_path / "link"):
+        with pytest.raises(ConfigError, match="--overwrite would delete"):
+            run.require_outside([inside])
+    run.require_outside([tmp_path, tmp_path / "running", tmp_path / "run" / "not there"])
 
 
 def test_a_run_killed_before_it_said_what_it_is_can_be_claimed(tmp_path: Path) -> None:
