@@ -19,8 +19,8 @@ from .student_files import student_files
 
 SHAPE: dict[str, type] = {
     **dict.fromkeys(("config", "metrics", "pairing", "parameters", "seconds", "student"), dict),
-    **dict.fromkeys(("steps", "tokens", "teacher_forwards"), int),
-    **dict.fromkeys(("collapsed", "absorbed"), bool),
+    **dict.fromkeys(("steps", "tokens", "train_samples", "common_samples", "teacher_forwards"), int),
+    **dict.fromkeys(("collapsed", "absorbed", "router_collapsed"), bool),
     "stores": list,
     "data_wait_share": float,
 }

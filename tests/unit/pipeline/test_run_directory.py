@@ -26,9 +26,12 @@ RECORD: dict[str, Any] = {
     "seconds": dict.fromkeys(("setup", "train", "data_wait", "evaluation", "total"), 1.0),
     "steps": 1,
     "tokens": 9,
+    "train_samples": 3,
+    "common_samples": 3,
     "teacher_forwards": 0,
     "collapsed": False,
     "absorbed": False,
+    "router_collapsed": False,
     "data_wait_share": 0.1,
 }
 
@@ -184,6 +187,7 @@ WRONG_RECORDS = {
     "nothing for cross-entropy": {"metrics": METRICS | {"ce": None}},
     "parameters in a list": {"parameters": [1, 2]},
     "no number of steps": {"steps": None},
+    "no word of common samples": {"common_samples": None},
     "a share in words": {"data_wait_share": "all"},
 }
 
