@@ -245,7 +245,7 @@ def _require_no_budget_of_its_own(recipe: Mapping[str, Any], where: Where) -> No
     for name, place in {"seed": "seeds, at the top", **dict.fromkeys(get_type_hints(Budget), "[budget]")}.items():
         if name in recipe:
             expected = f"it in {place}, where it is the same for all arms"
-            raise ConfigError(where(name), expected=expected, found=name, remedy="Mend the file")
+            raise ConfigError(where(name), expected=expected, found=name, remedy="Mend it there")
 
 
 def _require_equal_batches(file: ExperimentFile, arms: Mapping[str, DistillConfig], budget: Budget) -> None:

@@ -18,11 +18,12 @@ _ASSIGNMENT = re.compile(r"\s*(?P<key>[\w.\"'-]+)\s*=")
 @dataclass(frozen=True)
 class ExperimentFile:
     """The document, and the first line of every table and key, by dotted name (`arms.flat.mode`; of a list of tables,
-    `comparisons.0.arm`)."""
+    `comparisons.0.arm`). `overridden` are the names whose values are not the file's."""
 
     path: Path
     document: Mapping[str, Any]
     lines: Mapping[str, int]
+    overridden: frozenset[str]
 
     @classmethod
     def read(cls, path: Path, overrides: Sequence[str] = ()) -> ExperimentFile:
@@ -39,22 +40,22 @@ class ExperimentFile:
             ) from error
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ConfigError(f"{path} is not TOML", expected="TOML", found=error, remedy="Mend the file") from error
-        lines = _key_lines(text)
-        for override in overrides:
-            key = _override(document, override)
-            lines.pop(key, None)
-        return cls(path, document, lines)
+        overridden = frozenset(_override(document, override) for override in overrides)
+        return cls(path, document, _key_lines(text), overridden)
 
     def where(self, *keys: str) -> str:
-        """The file, the line of a key, or else of the nearest table around it, and the key."""
+        """The file, the line of a key, or else of the nearest table around it, and the key; `--set` and the key where that
+        gave its value."""
         dotted = ".".join(filter(None, keys))
         parts = dotted.split(".")
-        known = (self.lines.get(".".join(parts[:length])) for length in range(len(parts), 0, -1))
-        line = next((line for line in known if line is not None), None)
+        around = [".".join(parts[:length]) for length in range(len(parts), 0, -1)]
+        if not self.overridden.isdisjoint(around):
+            return f"--set {dotted}"
+        line = next((self.lines[name] for name in around if name in self.lines), None)
         return f"{self.path}{f', line {line}' if line is not None else ''}: {dotted}"
 
     def refuse(self, key: str, expected: str, found: object) -> ConfigError:
-        return ConfigError(self.where(key), expected=expected, found=found, remedy="Mend the file")
+        return ConfigError(self.where(key), expected=expected, found=found, remedy="Mend it there")
 
     def table(self, key: str) -> dict[str, Any]:
         """A table with entries at the top level. Raises ConfigError for anything else."""
