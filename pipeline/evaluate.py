@@ -80,7 +80,7 @@ class KVAgreement:
 def evaluate_tokens(
     distiller: KVDistiller, dataset: KVDataset | FusedDataset, indices: Sequence[int]
 ) -> tuple[dict[str, float], list[SampleScore]]:
-    """Teacher-forced metrics over held-out samples, and the scores of each sample.
+    """Teacher-forced metrics over held-out samples, and the scores of each sample, in the order given.
 
     `ce` (nats a token) and `token_accuracy` are over learned tokens; the rest are KVAgreement's, where the
     dataset carries teacher KV. Of several teachers these have the teacher's number behind their names, and there are
@@ -91,8 +91,10 @@ def evaluate_tokens(
     agreements = [KVAgreement() for _ in distiller.teachers]
     mean_weights = MeanWeights()
     loss = correct = count = 0.0
-    samples: list[SampleScore] = []
-    for batch_indices in chunks(list(indices), EVAL_BATCH):
+    samples: dict[int, SampleScore] = {}
+    # Texts of one length side by side: less padding to compute.
+    order = sorted(indices, key=lambda index: dataset.text.length[index])
+    for batch_indices in chunks(order, EVAL_BATCH):
         batch = {name: tensor.to(device) for name, tensor in dataset.__getitems__(batch_indices).items()}
         if batch.keys() - set(STUDENTS):
             logits, compared, weights = distiller.compare(batch)
@@ -107,13 +109,14 @@ def evaluate_tokens(
         hits = (logits[:, :-1].argmax(-1) == batch["labels"][:, 1:]) & learned
         tokens = learned.sum(1)
         scores = (losses.sum(1) / tokens.clamp_min(1), hits.sum(1) / tokens.clamp_min(1))
-        samples += map(SampleScore, tokens.tolist(), *(score.tolist() for score in scores))
+        rows = map(SampleScore, tokens.tolist(), *(score.tolist() for score in scores))
+        samples |= zip(batch_indices, rows, strict=True)
         loss, correct, count = loss + float(losses.sum()), correct + float(hits.sum()), count + float(learned.sum())
     metrics = {"ce": loss / count, "token_accuracy": correct / count}
     for number, agreement in enumerate(agreements):
         ending = f"_{number}" if len(agreements) > 1 else ""
         metrics |= {f"{name}{ending}": value for name, value in agreement.metrics().items()}
-    return metrics | mean_weights.metrics(), samples
+    return metrics | mean_weights.metrics(), [samples[index] for index in indices]
 
 
 def evaluate_answers(
