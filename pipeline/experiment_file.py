@@ -44,8 +44,8 @@ class ExperimentFile:
         return cls(path, document, _key_lines(text), overridden)
 
     def where(self, *keys: str) -> str:
-        """The file, the line of a key, or else of the nearest table around it, and the key; `--set` and the key where that
-        gave its value."""
+        """The file, the line of a key, or else of the nearest table around it, and the key. A value from `--set` has no
+        line."""
         dotted = ".".join(filter(None, keys))
         parts = dotted.split(".")
         around = [".".join(parts[:length]) for length in range(len(parts), 0, -1)]
