@@ -49,7 +49,7 @@ check: lint typecheck test ## all of it
 builtin-teacher: $(INSTALLED) ## train a built-in teacher again: make builtin-teacher TEACHER=qwen
 	$(BIN)/python -m kvpipe.pipeline.builtin_teacher $(or $(TEACHER),qwen)
 
-bench: $(INSTALLED) ## all benchmarks, as ratios
+bench: $(INSTALLED) ## extraction, reading, verify, steps and totals, as ratios
 	$(BIN)/python benchmarks/run_all.py
 
 golden: $(INSTALLED) ## write the golden store again; only for a new schema version

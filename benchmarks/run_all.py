@@ -1,4 +1,4 @@
-"""Every benchmark in turn, as one Markdown table: the one in docs/benchmarks.md."""
+"""What a user pays for, in turn, as one Markdown table: extraction, reading, verify, steps and totals."""
 
 from __future__ import annotations
 

@@ -82,7 +82,7 @@ def status(config: Config, overrides: Overrides = None, runs_dir: RunsDir = None
         typer.echo(f"{run.name:{width}}  {run.state:8}  {run.said or took}".rstrip())
     counted = [
         f"{number} {state}"
-        for state in ("finished", "running", "failed", "waiting", "damaged")
+        for state in ("finished", "running", "failed", "waiting", "damaged", "other")
         if (number := sum(run.state == state for run in runs))
     ]
     left = seconds_left(runs)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ MACHINE: dict[str, Any] = {"device": "auto", "batch_size": None}
 
 
 def declaration(config: ExperimentConfig) -> dict[str, Any]:
-    """What an experiment file says of how its runs are compared and what they read, as JSON has it."""
+    """What an experiment file says of its recipes, of how their runs are compared and of what they read, as JSON has
+    it."""
     return {
         "primary_metric": config.primary_metric,
         "greater_is_better": config.greater_is_better,
@@ -26,12 +28,13 @@ def declaration(config: ExperimentConfig) -> dict[str, Any]:
         "budget": config.budget.to_dict(),
         "eval_splits": sorted({recipe.eval_split for recipe in config.arms.values()}),
         "comparisons": [asdict(question) for question in config.comparisons],
+        "arms": {name: shlex.join(recipe.flags()) for name, recipe in config.arms.items()},
         "extractions": [shlex.join(replace(read, **MACHINE).flags()) for read in config.extractions],
     }
 
 
 def declare(config: ExperimentConfig, runs_dir: Path) -> None:
-    """Keep the declaration of an experiment of which no run is finished."""
+    """Keep what an experiment asks. (For callers to see to: nothing in `runs_dir` is finished.)"""
     write_atomic(_path(runs_dir), (json.dumps(declaration(config), indent=1) + "\n").encode())
 
 
@@ -50,7 +53,14 @@ def changed_since(config: ExperimentConfig, runs_dir: Path) -> list[str] | None:
     kept = kept_declaration(runs_dir)
     if kept is None:
         return None
-    return [name for name, said in declaration(config).items() if name in kept and kept[name] != said]
+    found = [name for name, said in declaration(config).items() if name in kept and kept[name] != said]
+    return [f"arms ({', '.join(_changed_arms(config, kept))})" if name == "arms" else name for name in found]
+
+
+def _changed_arms(config: ExperimentConfig, kept: Mapping[str, Any]) -> list[str]:
+    """Those with another recipe, new ones, and those that are gone."""
+    first, now = kept["arms"], declaration(config)["arms"]
+    return [arm for arm in dict.fromkeys([*first, *now]) if first.get(arm) != now.get(arm)]
 
 
 def _path(runs_dir: Path) -> Path:

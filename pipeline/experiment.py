@@ -62,7 +62,8 @@ def _run(
         for run in config.runs
         if not is_finished(runs_dir / run.name, run.recipe, [stores[place] for place in run.stores])
     ]
-    if len(waiting) == len(config.runs):
+    # Of this grid or an earlier one: whoever has seen an answer asks no first question any more.
+    if not any(runs_dir.glob("*/run.json")):
         declare(config, runs_dir)
     with progress_bar() as bar, _Grid(config, len(waiting), bar, shares_of_cores(_cores(), jobs)) as grid:
         while waiting or grid.active:
@@ -133,7 +134,7 @@ class _Grid:
                 self._done += 1
                 self._show_total()
                 if exit_code != 0:
-                    self.failures[run.directory.path.name] = run.process.said
+                    self.failures[run.directory.path.name] = run.process.last_word()
 
     def _show_total(self) -> None:
         self._bar.update(self._task, completed=self._done, status=f"{self._done}/{self._total} runs")

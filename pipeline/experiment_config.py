@@ -40,10 +40,18 @@ class Budget:
 class PlannedRun:
     """An arm with a seed, and the stores that it reads."""
 
-    name: str
     arm: str
     recipe: DistillConfig
     stores: tuple[Path, ...]
+
+    @property
+    def name(self) -> str:
+        return run_name(self.arm, self.recipe.seed)
+
+
+def run_name(arm: str, seed: int) -> str:
+    """Of the run, its folder and its log."""
+    return f"{arm}-seed{seed}"
 
 
 @dataclass(frozen=True)
@@ -80,9 +88,7 @@ class ExperimentConfig:
     def runs(self) -> list[PlannedRun]:
         """The whole grid, seed by seed, so that pairs finish together."""
         return [
-            PlannedRun(
-                f"{arm}-seed{seed}", arm, _with_seed(recipe, seed), tuple(read.store for read in self.stores_of(arm))
-            )
+            PlannedRun(arm, _with_seed(recipe, seed), tuple(read.store for read in self.stores_of(arm)))
             for seed in self.seeds
             for arm, recipe in self.arms.items()
         ]
@@ -123,7 +129,7 @@ def _require_keys(file: ExperimentFile) -> None:
             f"{file.where(unknown[0])}: unknown key" if unknown else f"{file.path}: missing key",
             expected=", ".join(sorted(required | optional) if unknown else missing),
             found=", ".join(unknown) if unknown else f"no {', '.join(missing)}",
-            remedy="Mend the file",
+            remedy="Mend it there" if unknown else "Mend the file",
         )
 
 

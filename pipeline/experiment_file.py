@@ -97,7 +97,8 @@ def _override(document: dict[str, Any], override: str) -> str:
     for name in tables:
         document = document.get(name) if isinstance(document, dict) else None  # type: ignore[assignment]
     if not equals or not isinstance(document, dict):
-        raise ConfigError("no such override", expected="TABLE.KEY=VALUE", found=override, remedy="Mend --set")
+        expected = "TABLE.KEY=VALUE with a table of the file, not a list"
+        raise ConfigError("no such override", expected=expected, found=override, remedy="Mend --set")
     try:
         document[key] = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:

@@ -10,17 +10,18 @@ from typing import Any, Literal
 
 from ..kvcache.errors import ConfigError
 from ..kvcache.lock import is_held
+from .config import DistillConfig
 from .experiment_config import ExperimentConfig
 from .run_directory import RunDirectory
 from .run_log import failure
 
-RunState = Literal["finished", "running", "failed", "waiting", "damaged"]
+RunState = Literal["finished", "running", "failed", "waiting", "damaged", "other"]
 
 
 @dataclass(frozen=True)
 class RunStatus:
-    """One run: its state, and of a running one its progress, of a failed or damaged one its error.
-    `seconds` is how long a finished one took."""
+    """One run: its state, and of a running one its progress, of a failed or damaged one its error. In the folder of an
+    `other` lies a run of another recipe. `seconds` is how long a finished one took."""
 
     name: str
     state: RunState
@@ -30,7 +31,7 @@ class RunStatus:
 
 def experiment_status(config: ExperimentConfig, runs_dir: Path) -> list[RunStatus]:
     """Every run of the grid, in the order of running."""
-    return [_status(runs_dir / run.name) for run in config.runs]
+    return [_status(runs_dir / run.name, run.recipe) for run in config.runs]
 
 
 def seconds_left(runs: Sequence[RunStatus]) -> float | None:
@@ -41,13 +42,15 @@ def seconds_left(runs: Sequence[RunStatus]) -> float | None:
     return sum(took) / len(took) * left / side_by_side if took and side_by_side else None
 
 
-def _status(path: Path) -> RunStatus:
+def _status(path: Path, recipe: DistillConfig) -> RunStatus:
     # A run that ends in between has its record before it gives its marker back: the marker is looked at first.
     run, running = RunDirectory(path), is_held(path)
     try:
         record = run.read_record()
     except ConfigError as error:
         return RunStatus(path.name, "damaged", str(error))
+    if record is not None and record["config"] != recipe.to_dict():
+        return RunStatus(path.name, "other", "the folder holds another run")
     if record is not None:
         return RunStatus(path.name, "finished", seconds=float(record["seconds"]["total"]))
     if running:

@@ -58,7 +58,7 @@ class ExtractConfig:
             elif isinstance(value, bool):
                 flags.append(f"--{name}")
             else:
-                flags += [f"--{name}", f"{value:g}" if isinstance(value, float) else str(value)]
+                flags += [f"--{name}", str(value)]
         return flags
 
     @property

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,7 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from .plots import COLOURS, NO_METADATA, STYLE
+from .plots import COLOURS, STYLE, svg
 
 WIDTH = 3.1
 """Inches: at a phone's width a page shows it as large as it is."""
@@ -52,9 +51,7 @@ def heat_map(
     axes.set_xlabel(columns)
     axes.set_ylabel(rows)
     axes.tick_params(length=0)
-    text = io.StringIO()
-    figure.savefig(text, format="svg", transparent=True, metadata=NO_METADATA)
-    return text.getvalue()[text.getvalue().index("<svg") :]
+    return svg(figure)
 
 
 def _ticks(set_ticks: Callable[..., Any], numbers: Sequence[int]) -> None:

@@ -31,10 +31,12 @@ def paired_kv(distiller: KVDistiller, dataset: KVDataset, indices: Sequence[int]
     student's device."""
     training, device = distiller.training, distiller.student.device
     distiller.eval()
-    for start in range(0, len(indices), BATCH):
-        chosen = [int(index) for index in indices[start : start + BATCH]]
-        batch = {name: tensor.to(device) for name, tensor in dataset.__getitems__(chosen).items()}
-        _, student_kv = distiller.student_forward(batch["input_ids"], batch["attention_mask"])
-        student = distiller.teacher.student_side(student_kv, batch)
-        yield PairedKV(student, *distiller.teacher.teacher_side(batch))
-    distiller.train(training)
+    try:
+        for start in range(0, len(indices), BATCH):
+            chosen = [int(index) for index in indices[start : start + BATCH]]
+            batch = {name: tensor.to(device) for name, tensor in dataset.__getitems__(chosen).items()}
+            _, student_kv = distiller.student_forward(batch["input_ids"], batch["attention_mask"])
+            student = distiller.teacher.student_side(student_kv, batch)
+            yield PairedKV(student, *distiller.teacher.teacher_side(batch))
+    finally:
+        distiller.train(training)

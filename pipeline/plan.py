@@ -22,7 +22,7 @@ from .extract import new_store, require_folder
 from .extract_config import ExtractConfig
 from .preparation import Prepared, prepare, sample_table
 from .progress import progress_bar
-from .teacher_pass import plan_batches, plan_windows, read_samples, run_teacher
+from .teacher_pass import capture_samples, plan_batches, plan_windows, run_teacher
 
 MEASURED_TOKENS = 8192
 """Enough for a few batches of each kind."""
@@ -83,7 +83,7 @@ def make_plan(config: ExtractConfig, progress: Progress | None = None) -> Plan:
 
 
 def _rates(config: ExtractConfig, prepared: Prepared, bar: Progress) -> tuple[float, float, float]:
-    """Tokens a second of the bare forward, of the extraction and of reading, on the same samples."""
+    """Tokens a second of the bare forward, of one extraction and of reading, on the same samples."""
     store = new_store(config, prepared, sample_table(prepared))
     tokens = int(store.length.sum())
     forward = _median(lambda: _forward_seconds(store, prepared, config.batch_size))
@@ -105,7 +105,7 @@ def _forward_seconds(store: KVStore, prepared: Prepared, batch_size: int | None)
     windows, everything = plan_windows(store, batch_size, device), set(range(store.num_shards))
     start = time.perf_counter()
     for batch in plan_batches(store, windows, batch_size, device, everything):
-        read_samples(store, prepared.teacher, batch)
+        capture_samples(store, prepared.teacher, batch)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter() - start

@@ -53,7 +53,7 @@ def learning_curves(results: Results) -> str:
     axes.set_ylabel("held-out cross-entropy (nats)")
     if axes.lines:
         axes.legend()
-    return _svg(figure)
+    return svg(figure)
 
 
 @mpl.rc_context(STYLE)
@@ -71,7 +71,7 @@ def paired_differences(results: Results) -> str:
     labels = [f"{c.arm} - {c.control}{f', within {c.margin:g}' if c.margin else ''}" for c in reversed(comparisons)]
     axes.set_yticks(range(len(comparisons)), labels)
     axes.set_xlabel(f"difference in {results.primary_metric}, one dot a seed; mean, CI and margin")
-    return _svg(figure)
+    return svg(figure)
 
 
 @mpl.rc_context(STYLE)
@@ -100,7 +100,7 @@ def frontier(results: Results) -> str:
     axes.set_xlabel("bytes a token on disk")
     axes.set_ylabel(f"difference in {results.primary_metric}")
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
-    return _svg(figure)
+    return svg(figure)
 
 
 @mpl.rc_context(STYLE)
@@ -128,7 +128,7 @@ def weights_of_teachers(results: Results) -> str:
         axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     panels[-1].set_xlabel("training step")
     figure.supylabel("weight")
-    return _svg(figure)
+    return svg(figure)
 
 
 @mpl.rc_context(STYLE)
@@ -147,7 +147,7 @@ def time_by_part(results: Results) -> str:
     axes.set_yticks(range(len(results.arms())), list(reversed(results.arms())))
     axes.set_xlabel("seconds a run")
     axes.legend(ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0))
-    return _svg(figure)
+    return svg(figure)
 
 
 def _figure(width: float, height: float) -> tuple[Figure, Any]:
@@ -155,7 +155,8 @@ def _figure(width: float, height: float) -> tuple[Figure, Any]:
     return figure, figure.add_subplot()
 
 
-def _svg(figure: Figure) -> str:
+def svg(figure: Figure) -> str:
+    """A figure as an element of a page."""
     text = io.StringIO()
     figure.savefig(text, format="svg", transparent=True, metadata=NO_METADATA)
     return text.getvalue()[text.getvalue().index("<svg") :]

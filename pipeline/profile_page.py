@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
-
 from ..kvcache.files import write_atomic
 from .heat_map import heat_map
 from .kv_statistics import KINDS, OUTLIER_RATIO
 from .map_quality import MapQuality
+from .pages import render
 from .profile import Profile
 from .profile_advice import advice
 from .step_cost import STEPS
@@ -17,22 +16,15 @@ from .step_cost import STEPS
 
 def write_profile_page(profile: Profile, path: Path) -> None:
     """Write the page. Raises OSError where it cannot be written."""
-    environment = Environment(
-        loader=PackageLoader("kvpipe.pipeline", "templates"),
-        autoescape=select_autoescape(["html.jinja"]),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    page = environment.get_template("profile.html.jinja").render(
-        profile=profile,
-        advice=advice(profile),
-        similarity=_similarity(profile),
-        maps=[(quality, _by_kind(profile, quality)) for quality in profile.maps],
-        outlier_ratio=OUTLIER_RATIO,
-        timed_steps=STEPS,
-    )
-    write_atomic(path, page.encode())
+    context = {
+        "profile": profile,
+        "advice": advice(profile),
+        "similarity": _similarity(profile),
+        "maps": [(quality, _by_kind(profile, quality)) for quality in profile.maps],
+        "outlier_ratio": OUTLIER_RATIO,
+        "timed_steps": STEPS,
+    }
+    write_atomic(path, render("profile.html.jinja", context))
 
 
 def _similarity(profile: Profile) -> dict[str, str]:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
-
 from ..kvcache.files import write_atomic
 from .claims import Claim
+from .pages import render
 from .plots import frontier, learning_curves, paired_differences, time_by_part, weights_of_teachers
 from .questions import LOWER_IS_BETTER
 from .results import Results, RunResult, arm_summary
@@ -29,15 +29,6 @@ def write_report(results: Results, folder: Path) -> Path:
         figures["frontier"] = frontier(results)
     if weights := weights_of_teachers(results):
         figures["teacher_weights"] = weights
-    environment = Environment(
-        loader=PackageLoader("kvpipe.pipeline", "templates"),
-        autoescape=select_autoescape(["html.jinja"]),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"number": number, "interval": interval, "p": p_value, "share": share}
-    environment.filters["count"] = "{:,.0f}".format
     context: dict[str, Any] = {
         "results": results,
         "sentences": [sentence(c) for c in results.comparisons[results.primary_metric]],
@@ -52,7 +43,7 @@ def write_report(results: Results, folder: Path) -> Path:
         "power": POWER,
     }
     for name in ("report.html", "report.md"):
-        write_atomic(folder / name, environment.get_template(f"{name}.jinja").render(context).encode())
+        write_atomic(folder / name, render(f"{name}.jinja", context, FILTERS))
     for name, svg in figures.items():
         write_atomic(folder / f"{name}.svg", svg.encode())
     write_atomic(folder / "results.json", (json.dumps(_finite(results.to_dict()), indent=1) + "\n").encode())
@@ -175,3 +166,13 @@ def _finite(document: Any) -> Any:
     if isinstance(document, list | tuple):
         return [_finite(value) for value in document]
     return None if isinstance(document, float) and not math.isfinite(document) else document
+
+
+FILTERS: dict[str, Callable[..., str]] = {
+    "number": number,
+    "interval": interval,
+    "p": p_value,
+    "share": share,
+    "count": "{:,.0f}".format,
+}
+"""What the templates of reports write numbers with."""

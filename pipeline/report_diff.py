@@ -42,7 +42,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     try:
         results = json.loads(file.read_bytes())
         return _declared(results), _outcomes(results)
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ConfigError(
             f"no report at {path}",
             expected="a folder with results.json, as `kvpipe experiment` writes it",
@@ -54,7 +54,8 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 def _declared(results: Mapping[str, Any]) -> dict[str, Any]:
     stores = {f"store {store['path']}": store["manifest"] for store in results["stores"]}
     commands = {f"arm {arm}": command for arm, command in results["commands"].items()}
-    return flatten({"primary_metric": results["primary_metric"], **results["declared"], **stores}) | commands
+    declared = {name: said for name, said in results["declared"].items() if name != "arms"}
+    return flatten({"primary_metric": results["primary_metric"], **declared, **stores}) | commands
 
 
 def _outcomes(results: Mapping[str, Any]) -> dict[str, Any]:

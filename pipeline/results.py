@@ -15,7 +15,7 @@ from ..kvcache.store import KVStore
 from ..kvcache.summary import summarise
 from .claims import Claim, claims
 from .declaration import changed_since, declaration
-from .experiment_config import ExperimentConfig
+from .experiment_config import ExperimentConfig, run_name
 from .finished_runs import ExperimentRuns
 from .held_out_scores import CheckpointPair, HeldOutScores, checkpoint_pairs, read_scores, sample_differences
 from .questions import COMPARED_METRICS, Question
@@ -208,7 +208,7 @@ def _compare_all(
         seeds = sorted(pair[0].keys() & pair[1].keys())
         compared = compare(asked, metric, *pair, sample_differences(asked, metric, seeds, scores))
         missing = tuple(seed for seed in config.seeds if seed not in seeds)
-        to_come = tuple(s for s in missing if {f"{arm}-seed{s}" for arm in (asked.arm, asked.control)} & set(unrun))
+        to_come = tuple(s for s in missing if {run_name(arm, s) for arm in (asked.arm, asked.control)} & set(unrun))
         return replace(distribution_free(compared), missing_seeds=missing, unrun_seeds=to_come)
 
     questions = config.comparisons if metric == config.primary_metric else _without_margins(config.comparisons)

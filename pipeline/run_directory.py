@@ -18,7 +18,7 @@ from .reading import reading
 from .student_files import student_files
 
 SHAPE: dict[str, type] = {
-    **dict.fromkeys(("config", "metrics", "pairing", "parameters", "seconds", "student"), dict),
+    **dict.fromkeys(("config", "metrics", "pairing", "parameters", "seconds", "student", "versions"), dict),
     **dict.fromkeys(("steps", "tokens", "train_samples", "common_samples", "teacher_forwards"), int),
     **dict.fromkeys(("collapsed", "absorbed", "router_collapsed"), bool),
     "stores": list,
@@ -176,6 +176,8 @@ def _require_shape(record: Mapping[str, Any]) -> None:
     for name, kind in SHAPE.items():
         if type(record.get(name)) is not kind:
             raise ValueError(f"{name} is no {kind.__name__}")
+    if type(record.get("kv_gradient_share", "")) not in (float, type(None)):
+        raise ValueError("kv_gradient_share is no float")
     for name, always in NUMBERS.items():
         values = record[name]
         if not all(value is None or type(value) in (int, float) for value in values.values()):

@@ -21,12 +21,12 @@ from ..data.errors import DataError
 from ..kvcache.errors import KVPipeError
 from .config import DistillConfig
 from .distill import distill
-from .run_log import FAILED, failure, log_path
+from .run_log import failed, failure, log_path
 
 
 class RunProcess:
     """A started `distill`, which keeps to some `cores`, by number, with a thread for each. `poll` tells when it is
-    over; `said` is the error that ended it."""
+    over, `last_word` of one that failed why."""
 
     def __init__(
         self,
@@ -54,9 +54,12 @@ class RunProcess:
         self._process.terminate()
         self._process.join()
 
-    @property
-    def said(self) -> str:
-        return failure(self._run_dir) or f"exit code {self.poll()} without a word"
+    def last_word(self) -> str:
+        """The error that ended it. For one that was killed its log says so from now on, as nobody else can."""
+        if not failure(self._run_dir):
+            with log_path(self._run_dir).open("a") as log:
+                log.write(f"\n{failed(f'exit code {self.poll()} without a word')}\n")
+        return failure(self._run_dir)
 
 
 @cache
@@ -87,10 +90,10 @@ def _run(
     try:
         distill(config, stores, run_dir, device=device, report_to=report_to)
     except (KVPipeError, DataError, OSError) as error:
-        sys.exit(f"{FAILED}{error}")
+        sys.exit(failed(str(error)))
     except Exception as error:  # noqa: BLE001 - a bug of ours: the log has its traceback, the report its name
         traceback.print_exc()
-        sys.exit(f"{FAILED}{type(error).__name__}: {error}")
+        sys.exit(failed(f"{type(error).__name__}: {error}"))
 
 
 def _end_with_parent() -> None:

@@ -109,8 +109,9 @@ def compare(
     """Compare over the seeds that both arms finished: a paired t-test, or, with a margin, two one-sided ones
     (Schuirmann 1987), and the same by the crossed bootstrap of `samples`; Cohen's d_z as the effect size.
 
-    With fewer than two seeds, or where every seed gives the same difference other than zero (but for rounding), the
-    tests have nothing to say: their numbers are NaN. Runs that are the very same are no difference at all.
+    With fewer than two seeds, or where every seed gives the same difference (but for rounding), the tests have nothing
+    to say: their numbers are NaN. Runs that are the very same, sample by sample where there are any, are no difference
+    at all.
     """
     seeds = tuple(sorted(arm_scores.keys() & control_scores.keys()))
     differences = np.array([arm_scores[s] - control_scores[s] for s in seeds])
@@ -119,7 +120,7 @@ def compare(
     found = Comparison(*asked, seeds, tuple(differences.tolist()), mean, margin=margin)
     if len(seeds) < 2 or not np.isfinite(differences).all():
         return found
-    if not differences.any():
+    if not differences.any() and (samples is None or not samples.values.any()):
         p_value, p_beyond = (1.0, NAN) if margin is None else (0.0, 1.0)
         return replace(found, ci_low=0.0, ci_high=0.0, p_value=p_value, p_beyond=p_beyond)
     spread = float(differences.std(ddof=1))

@@ -56,6 +56,15 @@ def capture_kv(model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: 
     return layer_pairs(cache)
 
 
+def capture_samples(store: KVStore, teacher: PreTrainedModel, batch: list[int]) -> Pairs:
+    """The same of some samples of a store, padded at the end to the longest."""
+    length = torch.from_numpy(store.length[batch])
+    width = int(length.max())
+    ids = torch.from_numpy(store.input_ids[batch, :width].astype(np.int64))
+    mask = (torch.arange(width)[None] < length[:, None]).long()
+    return capture_kv(teacher, ids.to(teacher.device), mask.to(teacher.device))
+
+
 def eligible_tokens(segment_ids: NDArray[np.int8], segments: Sequence[str]) -> NDArray[np.bool_]:
     """Which tokens `[B, T]` are of the segments whose KV is kept."""
     return np.isin(segment_ids, [Segment[name.upper()] for name in segments])
@@ -92,13 +101,10 @@ def _forward(
 ) -> tuple[Pairs, list[Tensor] | None]:
     """Of the layers that a store keeps, key and value of all tokens; and the queries, of all tokens where the store
     keeps them, or at the places `window` that its policy looks at, if any."""
-    length, layers = torch.from_numpy(store.length[batch]), store.manifest.layers
-    width = int(length.max())
-    ids = torch.from_numpy(store.input_ids[batch, :width].astype(np.int64)).to(teacher.device)
-    mask = (torch.arange(width)[None] < length[:, None]).long().to(teacher.device)
+    layers = store.manifest.layers
     places = None if store.manifest.queries else window
     with recorded_queries(teacher, places, layers) if needs_queries(store.manifest) else nullcontext() as recorded:
-        every_layer = capture_kv(teacher, ids, mask)
+        every_layer = capture_samples(store, teacher, batch)
     # The teacher may compute in more bits than are kept.
     queries = None if recorded is None else [recorded[layer].to(store.dtype) for layer in layers]
     pairs = [(key.to(store.dtype), value.to(store.dtype)) for key, value in (every_layer[layer] for layer in layers)]

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import signal
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 from kvpipe.pipeline.config import DistillConfig
+from kvpipe.pipeline.run_log import failure
 from kvpipe.pipeline.run_process import RunProcess
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -72,7 +74,7 @@ def test_an_experiment_is_run_once_and_survives_an_arm_that_fails(kvpipe: Any, t
     unfinished.with_name("metrics.jsonl").write_text("garbage\n")
     kvpipe("experiment", "run", "tiny.toml", cwd=tmp_path)
 
-    again, greedy, reported, other, status, greedy_status, differ = kvpipe.many(
+    again, greedy, reported, other, status, greedy_status, differ, later = kvpipe.many(
         [
             ["experiment", "run", "tiny.toml", "--jobs", 2],
             ["experiment", "run", "greedy.toml", "--jobs", 2, "--report-dir", "reports/greedy"],
@@ -81,6 +83,7 @@ def test_an_experiment_is_run_once_and_survives_an_arm_that_fails(kvpipe: Any, t
             ["experiment", "status", "tiny.toml"],
             ["experiment", "status", "greedy.toml"],
             ["report", "diff", "reports/tiny", "reports/greedy"],
+            ["experiment", "run", "tiny.toml", "--set", "seeds=[3]", "--report-dir", "reports/later"],
         ],
         cwd=tmp_path,
     )
@@ -98,6 +101,9 @@ def test_an_experiment_is_run_once_and_survives_an_arm_that_fails(kvpipe: Any, t
     assert "expected at most 24, found 1000" in greedy_status.stdout
     assert "arm greedy" in differ.stdout
     assert "failed greedy-seed1" in differ.stdout
+    assert later.code == 0
+    later_results = json.loads((tmp_path / "reports" / "later" / "results.json").read_text())
+    assert later_results["changed"] == ["seeds"], "a grid of its own is still not the one that was declared"
     assert greedy.code == 1
     assert {name: path.stat().st_mtime_ns for name, path in records.items()} == written, "no run was repeated"
     for seed in (1, 2):
@@ -109,7 +115,7 @@ def test_an_experiment_is_run_once_and_survives_an_arm_that_fails(kvpipe: Any, t
     results = json.loads((tmp_path / "reports" / "greedy" / "results.json").read_text())
     assert sorted(run["name"] for run in results["runs"]) == sorted(RUNS)
     assert set(results["failures"]) == {"greedy-seed1", "greedy-seed2"}
-    assert results["changed"] == ["comparisons"]
+    assert results["changed"] == ["comparisons", "arms (greedy)"]
     assert "greedy-seed1" in (tmp_path / "reports" / "greedy" / "report.md").read_text()
     by_arm = {comparison["arm"]: comparison for comparison in results["comparisons"]["ce"]}
     assert by_arm["greedy"]["verdict"] is None
@@ -206,3 +212,16 @@ def test_a_run_keeps_to_its_cores(store: Path, tmp_path: Path) -> None:
         assert os.sched_getaffinity(pid) == {core}
     finally:
         run.stop()
+
+
+def test_a_run_that_is_killed_has_failed_for_whoever_asks_later(store: Path, tmp_path: Path) -> None:
+    before = {child.pid for child in multiprocessing.active_children()}
+    path = tmp_path / "runs" / "x"
+    run = RunProcess(DistillConfig(max_steps=10**6), [store], path, device="cpu", cores=[0])
+    (pid,) = {child.pid for child in multiprocessing.active_children()} - before
+    assert pid is not None
+    os.kill(pid, signal.SIGKILL)
+    while run.poll() is None:
+        time.sleep(0.1)
+    assert run.last_word() == "exit code -9 without a word"
+    assert failure(path) == run.last_word()

@@ -26,6 +26,10 @@ def test_what_a_file_changes_after_the_first_run_is_named(make_experiment: Calla
     assert changed_since(other, runs_dir) == ["primary_metric", "greater_is_better"]
     wider = replace(config, comparisons=(Question("flat", "none", 0.1),))
     assert changed_since(wider, runs_dir) == ["comparisons"]
+    tuned = replace(config, arms={**config.arms, "flat": replace(config.arms["flat"], kv_weight=2.0)})
+    assert changed_since(tuned, runs_dir) == ["arms (flat)"]
+    fewer = replace(config, arms={"none": config.arms["none"]})
+    assert changed_since(fewer, runs_dir) == ["arms (flat)"]
 
 
 @pytest.mark.parametrize("text", ["", "[1", "[1]", "3", "null", "[" * 100_000])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,13 @@ def test_a_damaged_run_hides_none_of_the_others(make_experiment: Callable[..., A
     damaged, other = experiment_status(finished.config, finished.runs_dir)
     assert (damaged.state, other.state) == ("damaged", "finished")
     assert "none-seed0 is damaged" in damaged.said
+
+
+def test_a_run_of_another_recipe_is_not_this_experiments(make_experiment: Callable[..., Any]) -> None:
+    finished = make_experiment(ARMS, seeds=1)
+    config = finished.config
+    config = replace(config, arms={**config.arms, "flat": replace(config.arms["flat"], kv_weight=2.0)})
+    assert [run.state for run in experiment_status(config, finished.runs_dir)] == ["finished", "other"]
 
 
 @pytest.mark.parametrize(("holder", "held"), [("999999999", False), ("not a number", False), ("1", True)])

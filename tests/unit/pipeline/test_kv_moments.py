@@ -15,6 +15,7 @@ from kvpipe.pipeline import kv_moments as module
 from kvpipe.pipeline.aligned_teacher import AlignedTeacher
 from kvpipe.pipeline.distiller import KVDistiller
 from kvpipe.pipeline.kv_moments import teacher_moments
+from kvpipe.pipeline.paired_kv import paired_kv
 from kvpipe.pipeline.training_data import KVDataset
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -51,6 +52,12 @@ def test_moments_are_those_of_the_unpadded_tokens(
     assert mean.shape == std.shape == (3, 2, 1, 2, 1, 4)
     np.testing.assert_allclose(mean[:, :, 0, :, 0], tokens.mean(3), rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(std[:, :, 0, :, 0], tokens.std(3), rtol=1e-5, atol=1e-6)
+
+
+def test_whoever_looks_at_one_batch_alone_leaves_the_student_as_it_was(stored: Stored, distiller: KVDistiller) -> None:
+    distiller.train()
+    assert any(int(pair.mask.sum()) for pair in paired_kv(distiller, KVDataset(stored[0], with_kv=True), range(10)))
+    assert distiller.student.training
 
 
 def test_moments_read_the_first_samples_only(

@@ -51,7 +51,7 @@ def test_a_failed_run_is_an_outcome(make_experiment: MakeExperiment, tmp_path: P
     assert outcomes["flat - none"].second.startswith("no verdict")
 
 
-@pytest.mark.parametrize("text", [None, "garbage", "[]", "{}", '{"declared": {}}'])
+@pytest.mark.parametrize("text", [None, "garbage", "[]", "{}", '{"declared": {}}', '{"stores": [], "commands": []}'])
 def test_what_is_no_report_is_refused(make_experiment: MakeExperiment, tmp_path: Path, text: str | None) -> None:
     other = tmp_path / "other"
     other.mkdir()

@@ -262,6 +262,15 @@ def test_sign_flips_are_counted_one_by_one() -> None:
     assert found.p_wilcoxon == pytest.approx(stats.wilcoxon(differences).pvalue)
 
 
+def test_equal_scores_of_unequal_runs_are_not_equivalent_for_that() -> None:
+    """Two models that answer as many questions right, but others."""
+    values = np.tile([1.0, -1.0], (6, 3))
+    samples = SampleDifferences(values, np.ones(6))
+    found = compare(Question("a", "b", 0.1), "exact_match", scores([0.5] * 6), scores([0.5] * 6), samples)
+    assert math.isnan(found.p_value)
+    assert adjust([found])[0].verdict is None
+
+
 def test_runs_that_are_the_very_same_are_no_difference() -> None:
     same = scores([0.2, 0.3, 0.25, 0.4, 0.1, 0.6])
     for margin, verdict in ((None, "inconclusive"), (0.01, "equivalent")):
