@@ -42,7 +42,6 @@ def profile(
     Nothing but a copy of the student is trained, for a few timed steps. The teacher is never loaded.
     """
     from ..kvcache.align.layer_map import write_layer_map
-    from ..kvcache.errors import ConfigError
     from ..pipeline.config import DistillConfig
     from ..pipeline.distill import find_store
     from ..pipeline.profile import profile as run
@@ -58,16 +57,32 @@ def profile(
         "seed": seed,
     }
     config = DistillConfig.from_mapping(given, "the command line: {}".format)
-    if save_layer_map is not None and save_layer_map.suffix != ".json":
-        raise ConfigError(
-            "no such layer map file", expected="a .json file", found=save_layer_map, remedy="Mend --save-layer-map"
-        )
+    _require_outputs(html, save_layer_map)
     found = run(config, find_store(store), samples=samples, device=device)
     if html is not None:
         write_profile_page(found, html)
     if save_layer_map is not None:
         write_layer_map(found.similarity.layer_map, save_layer_map)
     typer.echo(json.dumps(asdict(found), indent=2) if as_json else "\n".join(_lines(found)))
+
+
+def _require_outputs(html: Path | None, layer_map: Path | None) -> None:
+    """Before anything is looked at: raise ConfigError for files that cannot both be written."""
+    from ..kvcache.errors import ConfigError
+
+    if layer_map is not None and layer_map.suffix != ".json":
+        raise ConfigError(
+            "no such layer map file", expected="a .json file", found=layer_map, remedy="Mend --save-layer-map"
+        )
+    for option, path in (("--html", html), ("--save-layer-map", layer_map)):
+        if path is not None and path.is_dir():
+            raise ConfigError(
+                f"{option} cannot be written", expected="a file", found=f"the folder {path}", remedy=f"Mend {option}"
+            )
+    if html is not None and layer_map is not None and html.resolve() == layer_map.resolve():
+        raise ConfigError(
+            "one file for two outputs", expected="a place of its own for --html", found=html, remedy="Mend --html"
+        )
 
 
 def _lines(found: Profile) -> Iterator[str]:

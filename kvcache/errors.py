@@ -35,7 +35,7 @@ class DivergenceError(KVPipeError):
             f"the training diverged at step {step}",
             expected="a finite loss",
             found="NaN or infinity",
-            remedy="Lower --learning-rate",
+            remedy="Lower --learning-rate, or what the KV loss weighs (--kv-weight, --kv-loss)",
         )
 
 

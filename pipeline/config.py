@@ -141,7 +141,7 @@ class DistillConfig:
         if self.start == "uniform" and self.mode != "structured":
             raise FieldError("start", "mode structured with uniform, the mean of the heads", self.mode)
         if not self.share_dim_proj and self.mode != "structured":
-            raise FieldError("share_dim_proj", "mode structured with a map for every head", self.mode)
+            raise FieldError("mode", "structured with --per-head-proj, a map for every head", self.mode)
         if self.match_params != "none" and self.mode == "identity":
             raise FieldError("match_params", "none with mode identity, which has no weights", self.match_params)
         if self.closed_form != "ridge" and not self.fits_aligner:

@@ -97,3 +97,19 @@ def test_what_cannot_be_profiled_is_said_on_one_line(kvpipe: Any, store: Path, t
         assert len(refused.error_lines) == 1, refused.stderr
         assert words in refused.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_outputs_that_cannot_be_written_are_refused_before_anything_is_looked_at(
+    kvpipe: Any, store: Path, tmp_path: Path
+) -> None:
+    cases = {
+        "one file for two outputs": ["--html", "x.json", "--save-layer-map", "./x.json"],
+        "--html cannot be written: expected a file, found the folder .": ["--html", "."],
+        "no such layer map file": ["--save-layer-map", "map.txt"],
+    }
+    outcomes = kvpipe.many([["profile", store, *options] for options in cases.values()], tmp_path)
+    for words, refused in zip(cases, outcomes, strict=True):
+        assert refused.code == 2, words
+        assert len(refused.error_lines) == 1, refused.stderr
+        assert words in refused.stderr
+    assert list(tmp_path.iterdir()) == []

@@ -128,7 +128,7 @@ def test_recipes_whose_options_depend_on_each_other_come_back(options: dict[str,
         ({"fusion": "learned", "fusion_per": "layer", "router": "mlp"}, "^router: expected linear with fusion_per"),
         ({"mode": "flat", "start": "uniform"}, "^start: expected mode structured with uniform"),
         ({"mode": "flat", "share_layers": True}, "^share_layers: expected mode structured"),
-        ({"mode": "flat", "share_dim_proj": False}, "^share_dim_proj: expected mode structured"),
+        ({"mode": "flat", "share_dim_proj": False}, "^mode: expected structured with --per-head-proj"),
         ({"mode": "identity", "match_params": "flat"}, "^match_params: expected none with mode identity"),
         (
             {"closed_form": "procrustes"},
