@@ -32,6 +32,8 @@ RECORD: dict[str, Any] = {
     "collapsed": False,
     "absorbed": False,
     "router_collapsed": False,
+    "versions": {"python": "3.11"},
+    "kv_gradient_share": None,
     "data_wait_share": 0.1,
 }
 
@@ -189,6 +191,8 @@ WRONG_RECORDS = {
     "no number of steps": {"steps": None},
     "no word of common samples": {"common_samples": None},
     "a share in words": {"data_wait_share": "all"},
+    "no versions": {"versions": None},
+    "a gradient in words": {"kv_gradient_share": "much"},
 }
 
 
