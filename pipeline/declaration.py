@@ -44,7 +44,10 @@ def kept_declaration(runs_dir: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     with reading(path, "Put it back, or delete it: reports then cannot say what was asked first"):
-        return dict(json.loads(path.read_bytes()))
+        kept = dict(json.loads(path.read_bytes()))
+        if not isinstance(kept.get("arms", {}), dict):
+            raise ValueError("arms are no table")
+        return kept
 
 
 def changed_since(config: ExperimentConfig, runs_dir: Path) -> list[str] | None:
@@ -53,13 +56,15 @@ def changed_since(config: ExperimentConfig, runs_dir: Path) -> list[str] | None:
     kept = kept_declaration(runs_dir)
     if kept is None:
         return None
-    found = [name for name, said in declaration(config).items() if name in kept and kept[name] != said]
-    return [f"arms ({', '.join(_changed_arms(config, kept))})" if name == "arms" else name for name in found]
+    now = declaration(config)
+    found = [name for name, said in now.items() if name in kept and kept[name] != said]
+    if "arms" in found:
+        found[found.index("arms")] = f"arms ({', '.join(_changed_arms(kept['arms'], now['arms']))})"
+    return found
 
 
-def _changed_arms(config: ExperimentConfig, kept: Mapping[str, Any]) -> list[str]:
+def _changed_arms(first: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
     """Those with another recipe, new ones, and those that are gone."""
-    first, now = kept["arms"], declaration(config)["arms"]
     return [arm for arm in dict.fromkeys([*first, *now]) if first.get(arm) != now.get(arm)]
 
 

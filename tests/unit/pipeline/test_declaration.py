@@ -32,7 +32,7 @@ def test_what_a_file_changes_after_the_first_run_is_named(make_experiment: Calla
     assert changed_since(fewer, runs_dir) == ["arms (flat)"]
 
 
-@pytest.mark.parametrize("text", ["", "[1", "[1]", "3", "null", "[" * 100_000])
+@pytest.mark.parametrize("text", ["", "[1", "[1]", "3", "null", "[" * 100_000, '{"arms": 3}'])
 def test_a_damaged_declaration_is_named(make_experiment: Callable[..., Any], text: str) -> None:
     finished = make_experiment(ARMS)
     (finished.runs_dir / "declaration.json").write_text(text)
