@@ -244,6 +244,12 @@ def distill(
         f"{record['steps']} steps in {seconds['train']:.1f} s, {record['data_wait_share']:.1%} of it waiting for data; "
         f"aligner {record['parameters']['aligner']:,} parameters; teacher forwards: {record['teacher_forwards']}."
     )
+    for read in record["stores"]:
+        if (coverage := read["token_coverage"]) is not None and coverage < 1:
+            typer.echo(
+                f"{coverage:.1%} of the student's tokens have a counterpart in {read['path']}, "
+                f"{read['one_to_one_share']:.1%} one to one."
+            )
     if len(record["stores"]) > 1:
         by_teacher = [f"{Path(read['path']).stem} {w:.2f}" for read, w in zip(record["stores"], weights, strict=False)]
         typer.echo(

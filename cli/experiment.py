@@ -68,18 +68,19 @@ def report(config: Config, overrides: Overrides = None, report_dir: ReportDir = 
 
 @experiment.command()
 def status(config: Config, overrides: Overrides = None, runs_dir: RunsDir = None) -> None:
-    """Show how far the runs are, also while another terminal runs them."""
+    """Show how far extractions and runs are, also while another terminal runs them."""
     from datetime import timedelta
 
     from ..pipeline.experiment_config import load_experiment
-    from ..pipeline.experiment_status import experiment_status, seconds_left
+    from ..pipeline.experiment_status import experiment_status, seconds_left, store_status
 
     parsed = load_experiment(config, overrides or ())
     runs = experiment_status(parsed, runs_dir or Path("runs") / parsed.name)
-    width = max(len(run.name) for run in runs)
-    for run in runs:
-        took = f"{run.seconds:.0f} s" if run.seconds is not None else ""
-        typer.echo(f"{run.name:{width}}  {run.state:8}  {run.said or took}".rstrip())
+    lines = [*store_status(parsed), *runs]
+    width = max(len(line.name) for line in lines)
+    for line in lines:
+        took = f"{line.seconds:.0f} s" if line.seconds is not None else ""
+        typer.echo(f"{line.name:{width}}  {line.state:8}  {line.said or took}".rstrip())
     counted = [
         f"{number} {state}"
         for state in ("finished", "running", "failed", "waiting", "damaged", "other")

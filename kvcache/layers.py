@@ -25,7 +25,9 @@ def select_layers(text: str, num_layers: int) -> tuple[int, ...]:
         if match is None:
             raise _refuse("all, ratio:N, or numbers and ranges such as 1,3,8-11", text)
         first, last = int(match[1]), int(match[2] or match[1])
-        found |= set(range(_within(first, 0, num_layers - 1, text), _within(last, first, num_layers - 1, text) + 1))
+        if last < first:
+            raise _refuse(f"{last}-{first}, from the lower number to the higher", text)
+        found |= set(range(_within(first, 0, num_layers - 1, text), _within(last, 0, num_layers - 1, text) + 1))
     return tuple(sorted(found))
 
 

@@ -29,7 +29,7 @@ def summarise(store: KVStore) -> dict[str, Any]:
         "kept_as": kept_as(store),
         "bytes_on_disk": size,
         "bytes_per_token": size / tokens,
-        "bytes_per_token_of_kv": store.geometry.bytes_per_token,
+        "raw_bytes_per_token_of_kv": store.geometry.bytes_per_token,
         "bytes_per_token_of_queries": store.geometry.query_bytes_per_token,
         "extraction": store.extraction,
         "kvpipe_version": store.kvpipe_version,

@@ -28,7 +28,7 @@ from .config import DistillConfig
 from .distiller import KVDistiller
 from .kv_controls import RandomKV, ShuffledKV
 from .kv_moments import stored_moments, student_moments, teacher_moments
-from .loss_terms import needs_aligner, needs_queries, parse_kv_loss
+from .loss_terms import needs_aligner, parse_kv_loss
 from .paired_kv import paired_kv
 from .student_text import StudentText, resolve_time_map
 from .training_data import KVDataset
@@ -52,7 +52,7 @@ def build_distiller(
     view = build_view(config, store, student, text, train)
     terms = parse_kv_loss(config.kv_loss) if config.mode != "none" else ()
     distiller = KVDistiller(student, [AlignedTeacher(view)], terms, config.kv_weight)
-    if needs_queries(terms):
+    if config.reads_queries:
         require_queries(store, config.kv_loss, resolve_time_map(config.time_map, text), view.layer_map)
     if terms:
         dataset = kv_dataset(config, store, text, queries=False)
@@ -71,7 +71,7 @@ def kv_dataset(config: DistillConfig, store: KVStore, text: StudentText, *, quer
         store,
         text,
         with_kv=True,
-        with_queries=queries and config.mode != "none" and needs_queries(parse_kv_loss(config.kv_loss)),
+        with_queries=queries and config.reads_queries,
         time_map=resolve_time_map(config.time_map, text),
         segments=segments,
     )

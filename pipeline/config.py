@@ -134,6 +134,11 @@ class DistillConfig:
             raise FieldError(
                 "key_space", f"post-rope with --kv-loss {self.kv_loss}, as attention has it", self.key_space
             )
+        if self.layer_map == "cka" and self.reads_queries:
+            expected = f"ratio, skip or last with --kv-loss {self.kv_loss}, which compares attention layer by layer"
+            raise FieldError("layer_map", expected, self.layer_map)
+        if self.start == "uniform" and self.direction == "teacher-to-student-frozen":
+            raise FieldError("start", "random or closed-form with a frozen direction, which is fitted", self.start)
         if self.mode == "identity" and self.direction != "student-to-teacher":
             raise FieldError("direction", "student-to-teacher with mode identity, which maps nothing", self.direction)
         if self.share_layers and self.mode != "structured":
@@ -213,6 +218,11 @@ class DistillConfig:
         if len(controls) != num_stores:
             raise FieldError("kv_control", f"one word, or {num_stores}: one a store", self.kv_control)
         return controls
+
+    @property
+    def reads_queries(self) -> bool:
+        """Whether its loss compares attention, and so needs the teacher's queries."""
+        return self.mode != "none" and needs_queries(parse_kv_loss(self.kv_loss))
 
     @property
     def fits_aligner(self) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -57,15 +56,16 @@ def changed_since(config: ExperimentConfig, runs_dir: Path) -> list[str] | None:
     if kept is None:
         return None
     now = declaration(config)
-    found = [name for name, said in now.items() if name in kept and kept[name] != said]
-    if "arms" in found:
-        found[found.index("arms")] = f"arms ({', '.join(_changed_arms(kept['arms'], now['arms']))})"
-    return found
+    return [_change(name, kept[name], said) for name, said in now.items() if name in kept and kept[name] != said]
 
 
-def _changed_arms(first: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
-    """Those with another recipe, new ones, and those that are gone."""
-    return [arm for arm in dict.fromkeys([*first, *now]) if first.get(arm) != now.get(arm)]
+def _change(name: str, first: Any, now: Any) -> str:
+    """The name, and what was said first where it is short; of arms those with another recipe, new or gone."""
+    if name == "arms":
+        return f"arms ({', '.join(arm for arm in dict.fromkeys([*first, *now]) if first.get(arm) != now.get(arm))})"
+    if name in ("comparisons", "extractions"):
+        return name
+    return f"{name} (was {first if isinstance(first, str) else json.dumps(first)})"
 
 
 def _path(runs_dir: Path) -> Path:

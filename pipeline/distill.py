@@ -130,6 +130,14 @@ class _Parts:
     held_out: list[int]
     pairing: dict[str, str]
 
+    def stores_read(self, config: DistillConfig) -> list[dict[str, Any]]:
+        """What `run.json` says of every store."""
+        datasets = self.data.datasets if isinstance(self.data, FusedDataset) else [self.data]
+        return [
+            store_read(read.store, data.coverage(read.of(self.train)) if config.mode != "none" else None)
+            for read, data in zip(self.stores, datasets, strict=True)
+        ]
+
     def evaluate(self, distiller: KVDistiller) -> tuple[dict[str, float], list[SampleScore]]:
         return evaluate_tokens(distiller, self.eval_data, self.held_out)
 
@@ -234,7 +242,7 @@ def _outcome(parts: _Parts, config: DistillConfig, run: RunDirectory, trainer: D
     metrics = _final_metrics(parts, config, run, trainer.state.global_step)
     return {
         "name": run.name,
-        "stores": [store_read(matched.store) for matched in parts.stores],
+        "stores": parts.stores_read(config),
         "train_samples": len(parts.train),
         "common_samples": common_samples(parts.stores, parts.train),
         "metrics": metrics,

@@ -13,7 +13,7 @@ from ..kvcache.errors import ConfigError
 from .config import DistillConfig
 from .experiment_file import ExperimentFile
 from .extract_config import MAX_SEED, ExtractConfig, default_store
-from .fields import Where, parse_fields, placed
+from .fields import FieldError, Where, parse_fields, placed
 from .questions import COMPARED_METRICS, LOWER_IS_BETTER, Question
 
 EXTRACT = "extract"
@@ -101,8 +101,8 @@ def load_experiment(path: Path, overrides: Sequence[str] = ()) -> ExperimentConf
     """
     file = ExperimentFile.read(path, overrides)
     _require_keys(file)
-    stores, budget = _stores(file), _budget(file)
-    arms, arm_stores = _arms(file, stores, budget)
+    extract, stores, budget = _extract_config(file, file.table("extract")), _stores(file), _budget(file)
+    arms, arm_stores = _arms(file, {**stores, EXTRACT: extract}, budget)
     metric = _metric(file)
     seeds, tuning_seeds = _seeds(file)
     return ExperimentConfig(
@@ -111,7 +111,7 @@ def load_experiment(path: Path, overrides: Sequence[str] = ()) -> ExperimentConf
         greater_is_better=metric not in LOWER_IS_BETTER,
         seeds=seeds,
         tuning_seeds=tuning_seeds,
-        extract=_extract_config(file, file.table("extract")),
+        extract=extract,
         stores=stores,
         budget=budget,
         arms=arms,
@@ -183,7 +183,8 @@ def _extract_config(
         raise file.refuse(key, "a model", ", ".join(table))
     options = parse_fields(table, {**get_type_hints(ExtractConfig), "store": str}, partial(file.where, key))
     store = Path(options["store"]) if "store" in options else default_store(default_name or options["model"])
-    return ExtractConfig(**{**options, "store": store})
+    with placed(partial(file.where, key), ""):
+        return ExtractConfig(**{**options, "store": store})
 
 
 def _stores(file: ExperimentFile) -> dict[str, ExtractConfig]:
@@ -208,7 +209,7 @@ def _stores(file: ExperimentFile) -> dict[str, ExtractConfig]:
 def _arms(
     file: ExperimentFile, stores: Mapping[str, ExtractConfig], budget: Budget
 ) -> tuple[dict[str, DistillConfig], dict[str, tuple[str, ...]]]:
-    """The recipes by arm, and the stores of those that name any."""
+    """The recipes by arm, and the names of the `stores` of those that name any."""
     base = file.table("base") if "base" in file.document else {}
     arms, arm_stores = {}, {}
     for name, overrides in file.table("arms").items():
@@ -221,7 +222,7 @@ def _arms(
         if "store" in recipe:
             arm_stores[name] = _arm_stores(file, f"{key}.store", recipe.pop("store"), stores)
         arms[name] = DistillConfig.from_mapping({**recipe, **budget.to_dict()}, where)
-        _require_fusion(arms[name], len(arm_stores.get(name, (EXTRACT,))), where)
+        _require_readable(arms[name], [stores[read] for read in arm_stores.get(name, (EXTRACT,))], where)
     _require_equal_batches(file, arms, budget)
     return arms, arm_stores
 
@@ -229,16 +230,19 @@ def _arms(
 def _arm_stores(file: ExperimentFile, key: str, found: Any, stores: Mapping[str, ExtractConfig]) -> tuple[str, ...]:
     """A name, or a list of different ones."""
     names = [found] if isinstance(found, str) else found
-    if not isinstance(names, list) or not names or any(name not in [*stores, EXTRACT] for name in names):
-        raise file.refuse(key, " or ".join([*stores, EXTRACT]) if stores else "a table [stores]", found)
+    if not isinstance(names, list) or not names or any(name not in list(stores) for name in names):
+        raise file.refuse(key, " or ".join(stores) if len(stores) > 1 else "a table [stores]", found)
     if len(set(names)) < len(names):
         raise file.refuse(key, "every store once", found)
     return tuple(names)
 
 
-def _require_fusion(recipe: DistillConfig, num_stores: int, where: Where) -> None:
+def _require_readable(recipe: DistillConfig, stores: Sequence[ExtractConfig], where: Where) -> None:
+    """Raise ConfigError for a recipe that these stores cannot serve, before any of them is written."""
     with placed(where, "fusion"):
-        recipe.require_fusion(num_stores)
+        recipe.require_fusion(len(stores))
+        if recipe.reads_queries and not all(read.queries for read in stores):
+            raise FieldError("kv_loss", "one that needs no queries, or queries = true for the store", recipe.kv_loss)
 
 
 def _where_of_arm(file: ExperimentFile, key: str, overrides: Mapping[str, Any], name: str) -> str:

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ..kvcache.errors import ConfigError
+from ..kvcache.errors import ConfigError, KVPipeError
 from ..kvcache.lock import is_held
+from ..kvcache.store import KVStore
 from .config import DistillConfig
 from .experiment_config import ExperimentConfig
 from .run_directory import RunDirectory
@@ -20,8 +21,8 @@ RunState = Literal["finished", "running", "failed", "waiting", "damaged", "other
 
 @dataclass(frozen=True)
 class RunStatus:
-    """One run: its state, and of a running one its progress, of a failed or damaged one its error. In the folder of an
-    `other` lies a run of another recipe. `seconds` is how long a finished one took."""
+    """One run or extraction: its state, and of a running one its progress, of a failed or damaged one its error. In the
+    folder of an `other` lies a run of another recipe. `seconds` is how long a finished run took."""
 
     name: str
     state: RunState
@@ -32,6 +33,11 @@ class RunStatus:
 def experiment_status(config: ExperimentConfig, runs_dir: Path) -> list[RunStatus]:
     """Every run of the grid, in the order of running."""
     return [_status(runs_dir / run.name, run.recipe) for run in config.runs]
+
+
+def store_status(config: ExperimentConfig) -> list[RunStatus]:
+    """Every extraction that the runs wait for."""
+    return [_store_status(extraction.store) for extraction in config.extractions]
 
 
 def seconds_left(runs: Sequence[RunStatus]) -> float | None:
@@ -57,6 +63,19 @@ def _status(path: Path, recipe: DistillConfig) -> RunStatus:
         return RunStatus(path.name, "running", progress_of(run))
     said = failure(path)
     return RunStatus(path.name, "failed", said) if said else RunStatus(path.name, "waiting", progress_of(run))
+
+
+def _store_status(path: Path) -> RunStatus:
+    # As of runs: the marker is looked at first.
+    unfinished: RunState = "running" if is_held(path) else "waiting"
+    if not path.exists():
+        return RunStatus(str(path), unfinished)
+    try:
+        store = KVStore.open(path)
+    except KVPipeError as error:
+        return RunStatus(str(path), "damaged", str(error))
+    shards = f"{len(store.finished_shards())} of {store.num_shards} shards"
+    return RunStatus(str(path), "finished" if store.complete else unfinished, shards)
 
 
 def progress_of(run: RunDirectory) -> str:

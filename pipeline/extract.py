@@ -53,7 +53,7 @@ def _open_or_create(config: ExtractConfig, prepared: Prepared, progress: Progres
         if config.reasoning == "teacher":
             prepared = with_own_reasoning(prepared, config, progress)
         table = sample_table(prepared)
-        _require_space(config.store, table.stored_bytes(prepared.geometry, config.codec))
+        require_space(config.store, table.stored_bytes(prepared.geometry, config.codec))
         store = new_store(config, prepared, table)
         if config.reasoning == "teacher":
             store.add_extraction(prepared.reasoning_seconds, 0, str(prepared.teacher.device), config.batch_size)
@@ -112,7 +112,8 @@ def require_folder(path: Path) -> Path:
     return existing
 
 
-def _require_space(path: Path, needed: int) -> None:
+def require_space(path: Path, needed: int) -> None:
+    """Raise StoreError where a store of so many bytes does not fit on the disk."""
     free = shutil.disk_usage(require_folder(path)).free
     if free < needed:
         raise StoreError(

@@ -7,7 +7,10 @@ from pathlib import Path
 from typing import Literal
 
 from ..data.corpus import BUILTIN_DATASET
+from ..data.sample import select_segments
+from ..kvcache.codec import require_codec
 from ..kvcache.errors import ConfigError
+from ..kvcache.evict import require_eviction
 from ..kvcache.writer import OnNonfinite
 
 MAX_SEED = 2**32
@@ -19,7 +22,7 @@ WrongAnswers = Literal["drop", "keep"]
 
 @dataclass(frozen=True)
 class ExtractConfig:
-    """The options of `kvpipe extract`."""
+    """The options of `kvpipe extract`. Raises ConfigError or DataError for what is none of them."""
 
     model: str
     store: Path
@@ -46,6 +49,18 @@ class ExtractConfig:
     budget: float | None = None
     queries: bool = False
 
+    def __post_init__(self) -> None:
+        if self.batch_size is not None and self.batch_size < 1:
+            raise ConfigError("no such batch", expected="at least 1", found=self.batch_size, remedy="Mend --batch-size")
+        if not 0 <= self.seed < MAX_SEED:
+            raise ConfigError(
+                "no such seed", expected="0 or more, and less than 2**32", found=self.seed, remedy="Mend --seed"
+            )
+        require_codec(self.codec)
+        select_segments(self.segments)
+        require_eviction(self.evict, self.budget)
+        _require_reasoning(self)
+
     def flags(self) -> list[str]:
         """The options of `kvpipe extract` that give this config; defaults are left out."""
         flags: list[str] = []
@@ -70,7 +85,7 @@ class ExtractConfig:
         return f"teacher ({how}, {self.max_new_tokens} new tokens at most, wrong answers: {self.wrong_answers})"
 
 
-def require_reasoning(config: ExtractConfig) -> None:
+def _require_reasoning(config: ExtractConfig) -> None:
     """Raise ConfigError for options of generation that are out of range, or have no effect."""
     if not 0 <= config.temperature < float("inf"):
         raise ConfigError(

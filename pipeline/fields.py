@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, get_args
 
+from ..data.errors import DataError
 from ..kvcache.errors import ConfigError
 
 Where = Callable[[str], str]
@@ -32,7 +33,7 @@ def placed(where: Where, field: str) -> Iterator[None]:
         yield
     except FieldError as error:
         raise FieldError(error.field, error.expected, error.found, where(error.field)) from error
-    except ConfigError as error:
+    except (ConfigError, DataError) as error:
         error.args = (f"{where(field)}: {error}",)
         raise
 

@@ -18,7 +18,7 @@ from rich.progress import Progress
 from ..kvcache.create import stored_bytes
 from ..kvcache.reader import KVReader
 from ..kvcache.store import KVStore
-from .extract import new_store, require_folder
+from .extract import new_store, require_folder, require_space
 from .extract_config import ExtractConfig
 from .preparation import Prepared, prepare, sample_table
 from .progress import progress_bar
@@ -84,7 +84,9 @@ def make_plan(config: ExtractConfig, progress: Progress | None = None) -> Plan:
 
 def _rates(config: ExtractConfig, prepared: Prepared, bar: Progress) -> tuple[float, float, float]:
     """Tokens a second of the bare forward, of one extraction and of reading, on the same samples."""
-    store = new_store(config, prepared, sample_table(prepared))
+    table = sample_table(prepared)
+    require_space(config.store, table.stored_bytes(prepared.geometry, config.codec))
+    store = new_store(config, prepared, table)
     tokens = int(store.length.sum())
     forward = _median(lambda: _forward_seconds(store, prepared, config.batch_size))
     report = run_teacher(store, prepared.teacher, config.batch_size, bar)

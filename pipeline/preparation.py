@@ -16,10 +16,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..data.corpus import Corpus, load_corpus
 from ..data.sample import Segment, select_segments
 from ..data.tokenize import TokenizedSample, tokenize
-from ..kvcache.codec import require_codec
 from ..kvcache.create import TOKEN_BLOCK, SampleTable
 from ..kvcache.errors import ConfigError, ModelError
-from ..kvcache.evict import NONE, kept_lengths, require_eviction, require_reachable
+from ..kvcache.evict import NONE, kept_lengths, require_reachable
 from ..kvcache.layers import select_layers
 from ..kvcache.layout import LOGICAL_DTYPES, KVGeometry, dtype_name
 from ..kvcache.manifest import (
@@ -34,7 +33,7 @@ from ..kvcache.manifest import (
 )
 from ..kvcache.queries import recorded_queries
 from ..kvcache.rope_parameters import rope_parameters
-from .extract_config import MAX_SEED, ExtractConfig, require_reasoning
+from .extract_config import ExtractConfig
 from .models import (
     builtin_teachers,
     in_fast_arithmetic,
@@ -92,16 +91,7 @@ class Prepared:
 
 def prepare(config: ExtractConfig) -> Prepared:
     """Load the teacher and the samples. Raises ConfigError, DataError or ModelError for what the user can mend."""
-    if config.batch_size is not None and config.batch_size < 1:
-        raise ConfigError("no such batch", expected="at least 1", found=config.batch_size, remedy="Mend --batch-size")
-    if not 0 <= config.seed < MAX_SEED:
-        raise ConfigError(
-            "no such seed", expected="0 or more, and less than 2**32", found=config.seed, remedy="Mend --seed"
-        )
     device, dtype = resolve_device(config.device), resolve_dtype(config.dtype)
-    require_codec(config.codec)
-    require_reasoning(config)
-    require_eviction(config.evict, config.budget)
     corpus = load_corpus(config.dataset, config.samples, config.eval_samples, config.seed)
     source: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     tokenizer = load_tokenizer(config.model, **source)

@@ -13,7 +13,6 @@ from transformers import PreTrainedModel
 
 from ..kvcache.align.aligner import Aligner
 from ..kvcache.align.layer_map import LayerMap
-from ..kvcache.align.time_warp import Alignment
 from ..kvcache.errors import ConfigError
 from ..kvcache.store import KVStore
 from .aligned_teacher import AlignedTeacher
@@ -114,7 +113,7 @@ def _summary(
     chosen: list[int],
     steps: dict[str, StepCost],
 ) -> Profile:
-    store, flat, alignment = dataset.store, distillers["flat"], _alignment(dataset, chosen)
+    store, flat, alignment = dataset.store, distillers["flat"], dataset.coverage(chosen)
     aligners = {mode: _aligner(distillers[mode]) for mode in ("flat", "structured")}
     return Profile(
         store=str(store.path),
@@ -143,7 +142,7 @@ def _sample(store: KVStore, samples: int) -> list[int]:
         raise ConfigError(
             "too few training samples for a profile",
             expected="at least 2, one to fit maps to and one to hold out",
-            found=len(chosen),
+            found=min(samples, len(chosen)),
             remedy="Raise --samples, or extract more",
         )
     require_learnable(store, "train", chosen)
@@ -178,11 +177,3 @@ def _steps(
         mode: measure_steps(distiller, text_only if mode == "none" else dataset, chosen, done)
         for mode, distiller in distillers.items()
     }
-
-
-def _alignment(dataset: KVDataset, chosen: list[int]) -> Alignment:
-    """Equal tokens pair one to one."""
-    if dataset.alignment is not None:
-        return dataset.alignment.coverage(chosen)
-    kept = int(dataset.store.kv_length[chosen].sum())
-    return Alignment(int(dataset.text.length[chosen].sum()), kept, kept)

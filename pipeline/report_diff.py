@@ -46,7 +46,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         raise ConfigError(
             f"no report at {path}",
             expected="a folder with results.json, as `kvpipe experiment` writes it",
-            found=error,
+            found=f"no {error}" if isinstance(error, KeyError) else error,
             remedy="Name one, for example reports/ab",
         ) from error
 

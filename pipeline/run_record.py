@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ..kvcache.align.time_warp import Alignment
 from ..kvcache.store import KVStore
 from .config import DistillConfig
 from .distiller import KVDistiller
@@ -39,8 +40,9 @@ def description(
     }
 
 
-def store_read(store: KVStore) -> dict[str, Any]:
-    """Which store, and how much of the teacher's KV it keeps."""
+def store_read(store: KVStore, aligned: Alignment | None) -> dict[str, Any]:
+    """Which store, how much of the teacher's KV it keeps, and how many of the student's tokens have a counterpart in
+    it: None where no KV was read."""
     return {
         "path": str(store.path),
         "manifest": store.manifest.hash,
@@ -48,6 +50,8 @@ def store_read(store: KVStore) -> dict[str, Any]:
         "lossy": store.lossy,
         "layers": list(store.manifest.layers),
         "tokens_kept": float(store.kv_length.sum() / store.length.sum()),
+        "token_coverage": aligned.coverage if aligned is not None else None,
+        "one_to_one_share": aligned.one_to_one_share if aligned is not None else None,
     }
 
 

@@ -82,7 +82,8 @@ class DistillTrainer(Trainer):
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
         if self._ahead is None or self._ahead.source is not epoch_iterator:
-            self._ahead = ReadAhead(epoch_iterator)
+            # Threads that wait for each other cost most where all cores compute: there a reader is better off alone.
+            self._ahead = ReadAhead(epoch_iterator, single_core=self.args.device.type == "cpu")
         before = self._ahead.waited
         batches = super().get_batch_samples(iter(self._ahead), num_batches, device)
         self.clock.waited(self._ahead.waited - before)

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..data.sample import Segment
+from ..kvcache.align.time_warp import Alignment
 from ..kvcache.reader import KVReader
 from ..kvcache.store import KVStore
 from .kv_controls import KVControl
@@ -54,6 +55,15 @@ class KVDataset(Dataset[Batch]):
         self.alignment = TokenAlignment(store, self.text, time_map) if time_map != "identity" else None
         self.segments = segments
         self.control = control
+
+    def coverage(self, indices: Sequence[int]) -> Alignment:
+        """How many of the student's tokens have a counterpart whose KV is stored."""
+        if self.alignment is not None:
+            return self.alignment.coverage(indices)
+        # Equal tokens pair one to one.
+        rows = np.asarray(indices)
+        kept = int(self.store.kv_length[rows].sum())
+        return Alignment(int(self.text.length[rows].sum()), kept, kept)
 
     def __len__(self) -> int:
         return self.store.num_samples

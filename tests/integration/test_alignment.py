@@ -189,6 +189,8 @@ def test_a_student_with_a_tokenizer_of_its_own_keeps_it(workplace: Path, record_
 
 
 def test_every_time_map_is_another_target(record_of: Any) -> None:
+    (read,) = record_of("auto")["stores"]
+    assert 0 < read["one_to_one_share"] < read["token_coverage"] <= 1
     found = {record_of(name)["metrics"]["nmse_value"] for name in ("auto", "span-mean", "segment", "other evicted")}
     assert len(found) == 4
 

@@ -79,7 +79,7 @@ def test_a_lossy_store_says_so(folder: Path, said: dict[str, Any]) -> None:
     assert summary["lossy"] is True
     assert summary["manifest"]["codec"] == "int4"
     assert summary["shape"]["channel"] == 32
-    assert summary["bytes_per_token"] < 0.5 * summary["bytes_per_token_of_kv"]
+    assert summary["bytes_per_token"] < 0.5 * summary["raw_bytes_per_token_of_kv"]
     store = store_of_run(folder, "int4")
     assert (store["codec"], store["lossy"], store["layers"]) == ("int4", True, [0, 1, 2, 3])
 

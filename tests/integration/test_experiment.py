@@ -96,6 +96,7 @@ def test_an_experiment_is_run_once_and_survives_an_arm_that_fails(kvpipe: Any, t
     for name in ("results.json", "report.html", "report.md"):
         written_again = (tmp_path / "reports" / "again" / name).read_bytes()
         assert written_again == (tmp_path / "reports" / "tiny" / name).read_bytes(), "the same but for times"
+    assert status.stdout.splitlines()[0].split(maxsplit=2)[1:] == ["finished", "1 of 1 shards"]
     assert status.stdout.splitlines()[-1] == "4 runs: 4 finished"
     assert greedy_status.stdout.splitlines()[-1] == "6 runs: 4 finished, 2 failed"
     assert "expected at most 24, found 1000" in greedy_status.stdout
@@ -103,7 +104,8 @@ def test_an_experiment_is_run_once_and_survives_an_arm_that_fails(kvpipe: Any, t
     assert "failed greedy-seed1" in differ.stdout
     assert later.code == 0
     later_results = json.loads((tmp_path / "reports" / "later" / "results.json").read_text())
-    assert later_results["changed"] == ["seeds"], "a grid of its own is still not the one that was declared"
+    # A grid of its own is still not the one that was declared.
+    assert later_results["changed"] == ["seeds (was [1, 2])"]
     assert greedy.code == 1
     assert {name: path.stat().st_mtime_ns for name, path in records.items()} == written, "no run was repeated"
     for seed in (1, 2):

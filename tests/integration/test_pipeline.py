@@ -45,7 +45,7 @@ def test_inspect_tells_what_is_in_the_store(kvpipe: Any, store: Path) -> None:
     assert (shape["head"], shape["channel"]) == (TEACHER_HEADS, TEACHER_DIM)
     assert shape["token"] % 32 == 0
     assert summary["dtype"] == "bfloat16"
-    assert summary["bytes_per_token_of_kv"] == TEACHER_LAYERS * 2 * TEACHER_HEADS * TEACHER_DIM * 2
+    assert summary["raw_bytes_per_token_of_kv"] == TEACHER_LAYERS * 2 * TEACHER_HEADS * TEACHER_DIM * 2
     files = [file for file in store.rglob("*") if file.is_file()]
     assert summary["bytes_on_disk"] == sum(file.stat().st_size for file in files)
     assert summary["extraction"]["tokens"] == summary["tokens"]

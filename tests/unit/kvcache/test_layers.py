@@ -35,6 +35,11 @@ def test_a_student_maps_onto_the_layers_kept_for_it_as_onto_all(student: int, te
     assert [kept[layer] for layer in ratio_map(student, len(kept))] == list(ratio_map(student, teacher))
 
 
+def test_a_range_goes_up() -> None:
+    with pytest.raises(ConfigError, match=r"expected 1-3, from the lower number to the higher, found 3-1"):
+        select_layers("3-1", 4)
+
+
 @pytest.mark.parametrize("text", ["", "4", "-1", "1-9", "3-1", "x", "1,,2", "ratio:0", "ratio:5", "ratio:x", "1.5"])
 def test_layers_that_are_not_there_are_refused(text: str) -> None:
     with pytest.raises(ConfigError, match=r"no such layers: expected .*, found .*Mend --layers"):

@@ -23,7 +23,7 @@ def test_what_a_file_changes_after_the_first_run_is_named(make_experiment: Calla
     declare(config, runs_dir)
     assert changed_since(config, runs_dir) == []
     other = replace(config, primary_metric="exact_match", greater_is_better=True)
-    assert changed_since(other, runs_dir) == ["primary_metric", "greater_is_better"]
+    assert changed_since(other, runs_dir) == ["primary_metric (was ce)", "greater_is_better (was false)"]
     wider = replace(config, comparisons=(Question("flat", "none", 0.1),))
     assert changed_since(wider, runs_dir) == ["comparisons"]
     tuned = replace(config, arms={**config.arms, "flat": replace(config.arms["flat"], kv_weight=2.0)})

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from kvpipe.data.errors import DataError
 from kvpipe.kvcache.errors import ConfigError
 from kvpipe.pipeline.claims import claims
 from kvpipe.pipeline.config import DistillConfig
@@ -236,6 +237,25 @@ BROKEN = {
     ),
     "a question asked twice": (COMPARISON, 2 * COMPARISON, "comparisons.1: expected every question once"),
     "a loss that is none": ('mode = "flat"', 'mode = "flat"\nkv_loss = "no"', "line 23: arms.flat.kv_loss: no such KV"),
+    "a loss without its queries": (
+        'mode = "flat"',
+        'mode = "flat"\nkv_loss = "structural"',
+        "line 23: arms.flat.kv_loss: expected one that needs no queries, or queries = true .* found structural",
+    ),
+    "a loss without its queries in one store": (
+        'mode = "flat"',
+        'mode = "flat"\nkv_loss = "attention-mse"\nstore = "extract"',
+        "line 23: arms.flat.kv_loss: expected one that needs no queries",
+    ),
+    "attention by a map of several layers": (
+        'mode = "flat"',
+        'mode = "flat"\nkv_loss = "structural"\nlayer_map = "cka"',
+        "line 24: arms.flat.layer_map: expected ratio, skip or last with --kv-loss structural",
+    ),
+    "a codec that is none": ("samples = 40", 'codec = "zip"', "line 7: extract: unknown codec: .* found zip"),
+    "a store's codec that is none": (BASE, BASE + '[stores.small]\ncodec = "zip"\n', "stores.small: unknown codec"),
+    "a store's budget without a policy": (BASE, BASE + "[stores.small]\nbudget = 8\n", "stores.small: a policy and"),
+    "a store of other segments": (BASE, BASE + '[stores.small]\nsegments = "end"\n', "stores.small: .*found end"),
     "a layer map that is not there": ("kv_weight = 2", 'layer_map = "no.json"', "line 15: base.layer_map: no.json"),
     "an arm with a budget": ("learning_rate = 0.004", "max_steps = 4", "arms.flat.max_steps: expected it in .budget"),
     "a base with a budget": ("kv_weight = 2", "epochs = 2.0", "line 15: base.epochs: expected it in .budget"),
@@ -316,7 +336,7 @@ def test_a_broken_file_is_refused_with_its_name_and_the_key(write: Write, kind: 
     old, new, message = BROKEN[kind]
     assert GOOD.count(old) == 1
     path = write(GOOD.replace(old, new))
-    with pytest.raises(ConfigError, match=message) as caught:
+    with pytest.raises((ConfigError, DataError), match=message) as caught:
         load_experiment(path)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)

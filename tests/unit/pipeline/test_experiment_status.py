@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from kvpipe.kvcache.lock import lock_path, only_writer
-from kvpipe.pipeline.experiment_status import RunStatus, experiment_status, seconds_left
+from kvpipe.pipeline.experiment_status import RunStatus, experiment_status, seconds_left, store_status
 from kvpipe.pipeline.run_log import log_path
 
 ARMS = {"none": 0.9, "flat": 0.4}
@@ -39,6 +39,18 @@ def test_runs_are_finished_running_failed_or_waiting(make_experiment: Callable[.
     assert seconds_left(found) == pytest.approx(2 * 25 / 3)
     # The process is gone, its marker too: the run goes on when the command is repeated.
     assert experiment_status(finished.config, runs)[3].state == "waiting"
+
+
+def test_extractions_are_seen_as_well(make_experiment: Callable[..., Any], tmp_path: Path) -> None:
+    config = make_experiment(ARMS, seeds=1).config
+    (whole,) = store_status(config)
+    assert (whole.name, whole.state, whole.said) == (str(config.extract.store), "finished", "1 of 1 shards")
+    later = replace(config, extract=replace(config.extract, store=tmp_path / "later.zarr"))
+    assert store_status(later) == [RunStatus(str(tmp_path / "later.zarr"), "waiting")]
+    with only_writer(tmp_path / "later.zarr"):
+        assert store_status(later)[0].state == "running"
+    (tmp_path / "later.zarr").mkdir()
+    assert store_status(later)[0].state == "damaged"
 
 
 def test_a_damaged_run_hides_none_of_the_others(make_experiment: Callable[..., Any]) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from kvpipe.kvcache.errors import StoreError
 from kvpipe.pipeline.extract import extract
 from kvpipe.pipeline.extract_config import ExtractConfig
 from kvpipe.pipeline.plan import Plan, make_plan
@@ -42,6 +45,15 @@ def test_the_plan_is_what_the_extraction_takes(tmp_path: Path, codec: str, layer
     assert (plan.query_bytes > 0) == queries
     assert plan.store_bytes < plan.raw_bytes if codec == "int4" else plan.store_bytes == plan.raw_bytes
     assert min(plan.forward_rate, plan.extract_rate, plan.read_rate) > 0
+
+
+def test_a_disk_without_room_for_the_measurement_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full disk cannot be had in a test, so it is the answer of the system that is changed."""
+    config = ExtractConfig("qwen", tmp_path / "x.zarr", samples=60, eval_samples=8)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    with pytest.raises(StoreError, match=r"not enough space for .* expected .* MB, found 0.0 MB free"):
+        make_plan(config)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("runs", range(1, 6))

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from kvpipe.pipeline.read_ahead import ReadAhead
@@ -62,6 +63,21 @@ def test_waiting_is_counted_and_work_in_between_is_not() -> None:
     time.sleep(0.2)
     assert list(ahead) == []
     assert ahead.waited - before < 0.1
+
+
+def test_a_reader_on_one_core_leaves_all_others_to_the_rest() -> None:
+    def source() -> Iterator[int]:
+        yield torch.get_num_threads()
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        assert list(ReadAhead(source())) == [2]
+        assert list(ReadAhead(source(), single_core=True)) == [1]
+        assert torch.get_num_threads() == 2
+        assert list(ReadAhead(source())) == [2], "nor do later threads start with fewer"
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_an_error_comes_where_its_item_would_have() -> None:
