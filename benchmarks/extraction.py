@@ -39,7 +39,7 @@ def measure(
     `evict`, `budget`."""
     with tempfile.TemporaryDirectory() as folder:
         config = ExtractConfig(model, Path(folder) / "bench.zarr", samples=samples, device=device, dtype=dtype, **kept)
-        timed = {"extract": _extraction(config), "forward": _bare_forward(config), "writes": _plain_writes(config)}
+        timed = {"extract": extraction(config), "forward": bare_forward(config), "writes": plain_writes(config)}
         rounds = alternate(timed, runs)
     for seconds in rounds:
         seconds["limit"] = seconds["forward"] + seconds["writes"]
@@ -55,7 +55,7 @@ def measure_all() -> list[Ratio]:
     return measure() + measure(dtype="float32")
 
 
-def _extraction(config: ExtractConfig) -> Callable[[], float]:
+def extraction(config: ExtractConfig) -> Callable[[], float]:
     def run() -> float:
         shutil.rmtree(config.store, ignore_errors=True)
         return extract(config, quiet()).seconds
@@ -63,7 +63,7 @@ def _extraction(config: ExtractConfig) -> Callable[[], float]:
     return run
 
 
-def _bare_forward(config: ExtractConfig) -> Callable[[], float]:
+def bare_forward(config: ExtractConfig) -> Callable[[], float]:
     device = resolve_device(config.device)
     teacher = in_fast_arithmetic(load_teacher(config.model, dtype=resolve_dtype(config.dtype), device=device))
 
@@ -86,7 +86,7 @@ def _bare_forward(config: ExtractConfig) -> Callable[[], float]:
     return run
 
 
-def _plain_writes(config: ExtractConfig) -> Callable[[], float]:
+def plain_writes(config: ExtractConfig) -> Callable[[], float]:
     """As many files of the same sizes, from memory that is already there."""
 
     def run() -> float:

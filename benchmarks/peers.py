@@ -40,7 +40,7 @@ def _memmap(samples: list[Tensor], path: Path) -> Read:
     flat, shapes = np.memmap(path, np.uint16, "r"), [tuple(sample.shape) for sample in samples]
 
     def read(indices: Sequence[int]) -> Tensor:
-        return _padded([flat[starts[i] : starts[i + 1]].reshape(shapes[i]) for i in indices])
+        return padded([flat[starts[i] : starts[i + 1]].reshape(shapes[i]) for i in indices])
 
     return read
 
@@ -55,7 +55,7 @@ def _safetensors(store: KVStore, samples: list[Tensor], folder: Path) -> Read:
 
     def read(indices: Sequence[int]) -> Tensor:
         found = [opened[i // store.layout.samples].get_tensor(str(i)) for i in indices]
-        return _padded([tensor.view(torch.uint16).numpy() for tensor in found])
+        return padded([tensor.view(torch.uint16).numpy() for tensor in found])
 
     return read
 
@@ -67,7 +67,7 @@ def _torch_load(samples: list[Tensor], folder: Path) -> Read:
 
     def read(indices: Sequence[int]) -> Tensor:
         found = [torch.load(folder / f"{i}.pt", weights_only=True) for i in indices]
-        return _padded([tensor.view(torch.uint16).numpy() for tensor in found])
+        return padded([tensor.view(torch.uint16).numpy() for tensor in found])
 
     return read
 
@@ -81,12 +81,12 @@ def _tensorstore(store: KVStore) -> Read:
 
     def read(indices: Sequence[int]) -> Tensor:
         asked = [array[:, :, i, :, : lengths[i]].read() for i in indices]
-        return _padded([found.result() for found in asked])
+        return padded([found.result() for found in asked])
 
     return read
 
 
-def _padded(samples: list[np.ndarray[Any, Any]]) -> Tensor:
+def padded(samples: list[np.ndarray[Any, Any]]) -> Tensor:
     layers, kinds, heads, _, channels = samples[0].shape
     out = np.empty((layers, kinds, len(samples), heads, max(s.shape[3] for s in samples), channels), np.uint16)
     for row, sample in enumerate(samples):
@@ -120,7 +120,7 @@ def _mds(samples: list[Tensor], folder: Path) -> Callable[[], Iterable[Tensor]]:
             array = np.frombuffer(item["kv"], np.uint16).reshape(layers, kinds, heads, item["tokens"], channels)
             batch.append(array)
             if len(batch) == BATCH_SIZE:
-                yield _padded(batch)
+                yield padded(batch)
                 batch = []
 
     return epoch
@@ -143,7 +143,7 @@ def _litdata(samples: list[Tensor], folder: Path) -> Callable[[], Iterable[Tenso
         for item in data:
             batch.append(item)
             if len(batch) == BATCH_SIZE:
-                yield _padded(batch)
+                yield padded(batch)
                 batch = []
 
     return epoch

@@ -63,7 +63,7 @@ def measure(runs: int = RUNS) -> list[Ratio]:
 def measure_first_batch(runs: int = RUNS) -> Ratio:
     """Seconds from opening a large store to the first batch of an epoch."""
     with tempfile.TemporaryDirectory() as folder:
-        path = _write_store(MANY, list(_samples(MANY)), Path(folder) / "x.zarr", samples_per_shard=20).path
+        path = write_store(MANY, list(random_samples(MANY)), Path(folder) / "x.zarr", samples_per_shard=20).path
         rounds = alternate({"first": lambda: _first_batch(path)}, runs)
     return of_values(f"seconds to the first batch, {MANY.name}", [seconds["first"] for seconds in rounds], aim=1)
 
@@ -81,18 +81,18 @@ def measure_shape(shape: Shape, runs: int = RUNS) -> list[Ratio]:
     """Both regimes for one shape: kvpipe, and every peer, over the limit."""
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
-        samples = list(_samples(shape))
-        store = _write_store(shape, samples, place / "x.zarr")
+        samples = list(random_samples(shape))
+        store = write_store(shape, samples, place / "x.zarr")
         rng = np.random.default_rng(0)
         random = [rng.choice(shape.samples, BATCH_SIZE, replace=False).tolist() for _ in range(shape.samples // 16)]
         order = ShuffledBatches(np.arange(shape.samples), store.length, BATCH_SIZE, 0, store.layout.samples)
         read_by = readers(store, samples, place)
         timed: dict[str, Callable[[], float]] = {}
         for name, read in read_by.items():
-            timed[f"random {name}"] = lambda read=read: _seconds(map(read, random))  # type: ignore[misc]
-            timed[f"stream {name}"] = lambda read=read: _seconds(map(read, order))  # type: ignore[misc]
+            timed[f"random {name}"] = lambda read=read: seconds(map(read, random))  # type: ignore[misc]
+            timed[f"stream {name}"] = lambda read=read: seconds(map(read, order))  # type: ignore[misc]
         for name, loader in loaders(samples, place):
-            timed[f"stream {name}"] = lambda loader=loader: _seconds(loader())  # type: ignore[misc]
+            timed[f"stream {name}"] = lambda loader=loader: seconds(loader())  # type: ignore[misc]
         _require_same(read_by, random[0])
         rounds = alternate(timed, runs)
     return [
@@ -102,7 +102,7 @@ def measure_shape(shape: Shape, runs: int = RUNS) -> list[Ratio]:
     ]
 
 
-def _samples(shape: Shape) -> Iterator[Tensor]:
+def random_samples(shape: Shape) -> Iterator[Tensor]:
     """KV `[L, 2, H, T, D]` of one sample after the other."""
     g, rng = shape.geometry, np.random.default_rng(1)
     for length in rng.integers(1, shape.longest + 1, shape.samples).tolist():
@@ -111,7 +111,7 @@ def _samples(shape: Shape) -> Iterator[Tensor]:
         ).to(g.dtype)
 
 
-def _write_store(shape: Shape, samples: list[Tensor], path: Path, samples_per_shard: int | None = None) -> KVStore:
+def write_store(shape: Shape, samples: list[Tensor], path: Path, samples_per_shard: int | None = None) -> KVStore:
     g, count = shape.geometry, len(samples)
     width = -(-shape.longest // TOKEN_BLOCK) * TOKEN_BLOCK
     table = SampleTable(
@@ -155,7 +155,7 @@ def _require_same(readers: dict[str, Read], batch: list[int]) -> None:
         assert torch.equal(read(batch), expected), name
 
 
-def _seconds(batches: Iterable[Any]) -> float:
+def seconds(batches: Iterable[Any]) -> float:
     start = time.perf_counter()
     for _ in batches:
         pass

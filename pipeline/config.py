@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args, get_type_hints
 
 from ..data.errors import DataError
@@ -17,7 +17,7 @@ from ..kvcache.align.layer_map import layer_map_text
 from ..kvcache.align.parameter_match import Match
 from ..kvcache.align.teacher_view import KeySpace
 from .extract_config import MAX_SEED
-from .fields import FieldError, Where, parse_fields, placed
+from .fields import FieldError, Where, flags, parse_fields, placed
 from .kv_controls import KVControlName
 from .loss_terms import POINTWISE, needs_aligner, needs_queries, parse_kv_loss, weighs_tokens
 
@@ -245,18 +245,7 @@ class DistillConfig:
 
     def flags(self) -> list[str]:
         """The options of `kvpipe distill` that give this config; defaults are left out."""
-        flags: list[str] = []
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if value == field.default:
-                continue
-            if field.name == "share_dim_proj":
-                flags.append("--per-head-proj")
-            elif isinstance(value, bool):
-                flags.append(f"--{field.name.replace('_', '-')}")
-            else:
-                flags += [f"--{field.name.replace('_', '-')}", str(value)]
-        return flags
+        return flags(self, share_dim_proj=lambda _: ["--per-head-proj"])
 
     @classmethod
     def from_mapping(cls, document: Mapping[str, Any], where: Where) -> DistillConfig:

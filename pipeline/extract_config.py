@@ -12,6 +12,7 @@ from ..kvcache.codec import require_codec
 from ..kvcache.errors import ConfigError
 from ..kvcache.evict import require_eviction
 from ..kvcache.writer import OnNonfinite
+from .fields import flags
 
 MAX_SEED = 2**32
 """What NumPy's generator takes."""
@@ -63,18 +64,7 @@ class ExtractConfig:
 
     def flags(self) -> list[str]:
         """The options of `kvpipe extract` that give this config; defaults are left out."""
-        flags: list[str] = []
-        for field in fields(self):
-            value, name = getattr(self, field.name), field.name.replace("_", "-")
-            if value == field.default:
-                continue
-            if field.name == "max_shard_bytes":
-                flags += ["--max-shard-size", f"{value}B"]
-            elif isinstance(value, bool):
-                flags.append(f"--{name}")
-            else:
-                flags += [f"--{name}", str(value)]
-        return flags
+        return flags(self, max_shard_bytes=lambda size: ["--max-shard-size", f"{size}B"])
 
     @property
     def reasoning_identity(self) -> str:

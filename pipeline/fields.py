@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import fields
 from typing import Any, get_args
 
 from ..data.errors import DataError
@@ -62,6 +63,21 @@ def parse_fields(document: Mapping[str, Any], hints: Mapping[str, Any], where: W
             shown += ["list of them"] if name in COMMAS else []
             raise ConfigError(where(name), expected=" or ".join(shown), found=repr(value), remedy="Mend its value")
     return parsed
+
+
+def flags(options: Any, **spelled: Callable[[Any], list[str]]) -> list[str]:
+    """The command line that gives a dataclass of options: `--batch-size 8`, without its defaults. `spelled` are those
+    whose option is not the field's name."""
+    found: list[str] = []
+    for field in fields(options):
+        value, name = getattr(options, field.name), f"--{field.name.replace('_', '-')}"
+        if value == field.default:
+            continue
+        if field.name in spelled:
+            found += spelled[field.name](value)
+        else:
+            found += [name] if isinstance(value, bool) else [name, str(value)]
+    return found
 
 
 def _is_list_of_words(value: object) -> bool:
