@@ -79,14 +79,16 @@ def measure(device: torch.device, batch_size: int, num_tokens: int, runs: int = 
 def _distiller(
     student: Qwen2ForCausalLM, view: TeacherView, teacher: Qwen2Config, config: Qwen2Config, mode: Mode, loss: str
 ) -> KVDistiller:
-    aligner = None
-    if mode != "identity":
-        size = space(config).features // 2 if mode == "bottleneck" else None
-        aligner_config = AlignerConfig(
-            mode, "student-to-teacher", config.num_hidden_layers, space(config), space(teacher), size=size
-        )
-        aligner = Aligner(aligner_config).to(student.device)
-    return KVDistiller(student, [AlignedTeacher(view, aligner)], parse_kv_loss(loss))
+    aligner = recipe_aligner(teacher, config, mode)
+    return KVDistiller(student, [AlignedTeacher(view, aligner).to(student.device)], parse_kv_loss(loss))
+
+
+def recipe_aligner(teacher: Qwen2Config, student: Qwen2Config, mode: Mode) -> Aligner | None:
+    if mode == "identity":
+        return None
+    size = space(student).features // 2 if mode == "bottleneck" else None
+    depth = student.num_hidden_layers
+    return Aligner(AlignerConfig(mode, "student-to-teacher", depth, space(student), space(teacher), size=size))
 
 
 if __name__ == "__main__":

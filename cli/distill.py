@@ -54,6 +54,17 @@ def distill(
             rich_help_panel=ALIGNMENT,
         ),
     ] = "auto",
+    segment_ratio: Annotated[
+        str | None,
+        typer.Option(
+            help="With segment: the first share of a teacher's segment that the student's is stretched over, e.g. "
+            "reasoning=0.5,answer=1.",
+            rich_help_panel=ALIGNMENT,
+        ),
+    ] = None,
+    segment_interpolation: Annotated[
+        str, typer.Option(help="With segment: linear or nearest.", rich_help_panel=ALIGNMENT)
+    ] = "linear",
     key_space: Annotated[
         str,
         typer.Option(
@@ -145,8 +156,8 @@ def distill(
     kv_loss: Annotated[
         str,
         typer.Option(
-            help="One or more of mse, smooth-l1, mercator, hybrid, kava, structural, attention-mse, relation and cka, "
-            "each with a weight and a warm-up, as a share of the run, if wanted: mse,cka:0.1:0.2.",
+            help="One or more of mse, smooth-l1, mercator, magnitude, hybrid, kava, structural, attention-mse, "
+            "relation and cka, each with a weight and a warm-up, as a share of the run, if wanted: mse,cka:0.1:0.2.",
             rich_help_panel=LOSS,
         ),
     ] = "mse",

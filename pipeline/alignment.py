@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from transformers import PreTrainedModel, set_seed
@@ -17,6 +18,7 @@ from ..kvcache.align.layer_map import LayerMap, cka_map, layer_map
 from ..kvcache.align.normalisation import Normalisation
 from ..kvcache.align.parameter_match import matched_size
 from ..kvcache.align.teacher_view import TeacherView
+from ..kvcache.align.time_warp import segment_map
 from ..kvcache.errors import ConfigError
 from ..kvcache.rope import rope_of
 from ..kvcache.rope_parameters import rope_parameters
@@ -73,6 +75,7 @@ def kv_dataset(config: DistillConfig, store: KVStore, text: StudentText, *, quer
         with_kv=True,
         with_queries=queries and config.reads_queries,
         time_map=resolve_time_map(config.time_map, text),
+        stretch=partial(segment_map, ratio=config.segment_ratios, interpolation=config.segment_interpolation),
         segments=segments,
     )
 

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args, get_type_hints
 
 from ..data.errors import DataError
-from ..data.sample import select_segments
+from ..data.sample import Segment, select_segments
 from ..kvcache.align.aligner import Direction
 from ..kvcache.align.closed_form import ClosedForm
 from ..kvcache.align.fusion import FusionName, Granularity, Router
@@ -16,6 +16,7 @@ from ..kvcache.align.head_projection import Start
 from ..kvcache.align.layer_map import layer_map_text
 from ..kvcache.align.parameter_match import Match
 from ..kvcache.align.teacher_view import KeySpace
+from ..kvcache.align.time_warp import Interpolation
 from .extract_config import MAX_SEED
 from .fields import FieldError, Where, flags, parse_fields, placed
 from .kv_controls import KVControlName
@@ -34,6 +35,8 @@ FINITE = (
     "fusion_temperature",
     "router_entropy",
 )
+
+SEGMENTS = {segment.name.lower(): int(segment) for segment in Segment if segment != Segment.PADDING}
 
 FUSION_OPTIONS = {
     "fusion_weights": ("fixed",),
@@ -55,6 +58,8 @@ class DistillConfig:
     random_init: bool = False
     layer_map: str = "ratio"
     time_map: TimeMapping = "auto"
+    segment_ratio: str | None = None
+    segment_interpolation: Interpolation = "linear"
     key_space: KeySpace = "post-rope"
     direction: Direction = "student-to-teacher"
     share_dim_proj: bool = True
@@ -128,6 +133,7 @@ class DistillConfig:
             select_segments(self.kv_segments)
         except DataError as error:
             raise FieldError("kv_segments", "all, or some of prompt, reasoning, answer", self.kv_segments) from error
+        self._require_stretch()
         if self.mode not in ("none", "identity") and not needs_aligner(terms):
             raise FieldError("mode", f"identity with --kv-loss {self.kv_loss}, which projects nothing", self.mode)
         if self.key_space == "pre-rope" and needs_queries(terms):
@@ -156,6 +162,24 @@ class DistillConfig:
             raise FieldError("mode", "structured, flat or flat-global, which have a closed form", self.mode)
         if self.start == "closed-form" and self.closed_form == "pca" and self.direction == "student-to-teacher":
             raise FieldError("closed_form", "ridge or procrustes: pca knows the teacher alone", self.closed_form)
+
+    def _require_stretch(self) -> None:
+        """Raise ConfigError for options of a time map that stretches nothing."""
+        for name in ("segment_ratio", "segment_interpolation"):
+            if not self._is_default(name) and self.time_map not in ("segment", "auto"):
+                raise FieldError(name, "it with time_map segment alone", getattr(self, name))
+        if not all(0 < share <= 1 for share in self.segment_ratios.values()):
+            raise FieldError("segment_ratio", "shares above 0, 1 at most", repr(self.segment_ratio))
+
+    @property
+    def segment_ratios(self) -> dict[int, float]:
+        """`segment_ratio` by the segment's id. Raises FieldError for text that is no such thing."""
+        try:
+            pairs = [item.split("=") for item in (self.segment_ratio or "").split(",") if item]
+            return {SEGMENTS[name.strip()]: float(share) for name, share in pairs}
+        except (KeyError, ValueError) as error:
+            expected = f"{', '.join(SEGMENTS)} with a share, as in reasoning=0.5"
+            raise FieldError("segment_ratio", expected, repr(self.segment_ratio)) from error
 
     def _require_fusion(self) -> None:
         """Raise ConfigError for options of a fusion that is another one."""

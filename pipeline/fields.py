@@ -14,7 +14,7 @@ Where = Callable[[str], str]
 """Says where a field was found: a place in a file, or an option."""
 
 
-COMMAS = ("kv_loss", "kv_control", "kv_segments", "fusion_weights", "layers", "segments")
+COMMAS = ("kv_loss", "kv_control", "kv_segments", "fusion_weights", "layers", "segments", "segment_ratio")
 """Fields of several words or numbers."""
 
 

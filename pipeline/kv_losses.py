@@ -35,16 +35,21 @@ def kv_cosine(
     target: Float[Tensor, "L K B H T D"],
     mask: Int[Tensor, "B T"],
     weights: Float[Tensor, "L B T"] | None = None,
-    magnitude_weight: float = 0.0,
 ) -> Float[Tensor, ""]:
-    """The direction of every head's vector: 1 - cosine; and, weakly if wanted, its length: the squared difference of
-    log norms."""
-    prediction, target = wide(prediction), wide(target)
-    loss = 1 - F.cosine_similarity(prediction, target, dim=-1, eps=EPSILON)
-    if magnitude_weight:
-        norms = [(kv.square().sum(-1) + EPSILON).log() / 2 for kv in (prediction, target)]
-        loss = loss + magnitude_weight * (norms[0] - norms[1]).square()
-    return mean_over_tokens(loss[..., None], mask, weights)
+    """The direction of every head's vector: 1 - cosine."""
+    cosine = F.cosine_similarity(wide(prediction), wide(target), dim=-1, eps=EPSILON)
+    return mean_over_tokens(1 - cosine[..., None], mask, weights)
+
+
+def kv_magnitude(
+    prediction: Float[Tensor, "L K B H T D"],
+    target: Float[Tensor, "L K B H T D"],
+    mask: Int[Tensor, "B T"],
+    weights: Float[Tensor, "L B T"] | None = None,
+) -> Float[Tensor, ""]:
+    """The length of every head's vector: the squared difference of log norms."""
+    ours, theirs = ((wide(kv).square().sum(-1) + EPSILON).log() / 2 for kv in (prediction, target))
+    return mean_over_tokens((ours - theirs).square()[..., None], mask, weights)
 
 
 def kv_hybrid(

@@ -16,6 +16,7 @@ from .kv_losses import (
     kv_cosine,
     kv_hybrid,
     kv_kava,
+    kv_magnitude,
     kv_relation,
     kv_smooth_l1,
     kv_structural,
@@ -69,6 +70,7 @@ POINTWISE: dict[str, Callable[[KVBatch], Tensor]] = {
     "mse": lambda batch: kv_mse(*batch.aligned, batch.weights),
     "smooth-l1": lambda batch: kv_smooth_l1(*batch.aligned, batch.weights),
     "mercator": lambda batch: kv_cosine(*batch.aligned, batch.weights),
+    "magnitude": lambda batch: kv_magnitude(*batch.aligned, batch.weights),
     "hybrid": lambda batch: kv_hybrid(*batch.aligned, batch.weights),
     "kava": lambda batch: kv_kava(*batch.aligned, batch.weights),
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import numpy as np
@@ -18,10 +18,12 @@ Reduce = Literal["last", "mean"]
 
 class TokenAlignment:
     """The time maps of a store's samples for one student: by shared characters (`span-last`, `span-mean`), by
-    stretching segments (`segment`), or `auto`: span-last, and segment where the texts differ."""
+    stretching segments (`segment`, as `stretch` does), or `auto`: span-last, and segment where the texts differ."""
 
-    def __init__(self, store: KVStore, text: StudentText, time_map: str) -> None:
-        self._store, self._text, self._time_map = store, text, time_map
+    def __init__(
+        self, store: KVStore, text: StudentText, time_map: str, stretch: Callable[..., SampleMap] = segment_map
+    ) -> None:
+        self._store, self._text, self._time_map, self._stretch = store, text, time_map, stretch
 
     def of(self, indices: Sequence[int], positions: Int[Tensor, "B K"] | None) -> TimeMap:
         """Of a batch. `positions` are those of the teacher's tokens that a store keeps, None where it keeps all."""
@@ -35,7 +37,7 @@ class TokenAlignment:
     def _sample(self, index: int) -> SampleMap:
         if self._time_map == "segment" or self._has_other_text(index):
             own, teachers = self._text.segment_ids[index], self._store.segment_ids[index]
-            return segment_map(own[: self._text.length[index]], teachers[: self._store.length[index]])
+            return self._stretch(own[: self._text.length[index]], teachers[: self._store.length[index]])
         reduce: Reduce = "mean" if self._time_map == "span-mean" else "last"
         return span_map(*self._spans(index), reduce)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..data.sample import Segment
-from ..kvcache.align.time_warp import Alignment
+from ..kvcache.align.time_warp import Alignment, SampleMap, segment_map
 from ..kvcache.reader import KVReader
 from ..kvcache.store import KVStore
 from .kv_controls import KVControl
@@ -45,6 +45,7 @@ class KVDataset(Dataset[Batch]):
         with_kv: bool,
         with_queries: bool = False,
         time_map: str = "identity",
+        stretch: Callable[..., SampleMap] = segment_map,
         segments: Sequence[Segment] | None = None,
         control: KVControl | None = None,
     ) -> None:
@@ -52,7 +53,7 @@ class KVDataset(Dataset[Batch]):
         self.text = text or teachers_tokens(store)
         self.reader = KVReader(store) if with_kv else None
         self.with_queries = with_queries
-        self.alignment = TokenAlignment(store, self.text, time_map) if time_map != "identity" else None
+        self.alignment = TokenAlignment(store, self.text, time_map, stretch) if time_map != "identity" else None
         self.segments = segments
         self.control = control
 

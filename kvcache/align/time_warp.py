@@ -19,6 +19,8 @@ from torch import Tensor
 from ..errors import ConfigError
 from ..layout import take_tokens
 
+Interpolation = Literal["linear", "nearest"]
+
 
 @dataclass(frozen=True)
 class SampleMap:
@@ -143,7 +145,7 @@ def segment_map(
     teacher_segments: NDArray[np.int8],
     *,
     ratio: Mapping[int, float] | None = None,
-    interpolation: Literal["linear", "nearest"] = "linear",
+    interpolation: Interpolation = "linear",
 ) -> SampleMap:
     """Texts that differ, segment by segment: each student segment is stretched over the teacher's, ends on ends.
 

@@ -27,10 +27,12 @@ TEACHER = ["--student", "teacher", "--mode", "identity", "--store", "exact.zarr"
 STILL = ["--learning-rate", 1e-12]
 WARMING = ["--mode", "flat", "--kv-loss", "mse,cka:0.1:0.5", "--epochs", 6, "--batch-size", 4, "--save-steps", 2]
 
+HALF = ["--time-map", "segment", "--segment-ratio", "reasoning=0.5", "--segment-interpolation", "nearest"]
 RUNS: dict[str, list[object]] = {
     "auto": OTHER,
     "span-mean": [*OTHER, "--time-map", "span-mean"],
     "segment": [*OTHER, "--time-map", "segment", "--key-space", "pre-rope"],
+    "half a segment": [*OTHER, *HALF],
     "other evicted": [*OTHER, "--store", "evicted.zarr"],
     "other evicted segments": [*OTHER, "--store", "evicted.zarr", "--kv-segments", "reasoning,answer"],
     "evicted segments": ["--store", "evicted.zarr", "--kv-segments", "answer", "--key-space", "pre-rope"],

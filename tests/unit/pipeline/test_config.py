@@ -25,7 +25,9 @@ OPTIONS: dict[str, st.SearchStrategy[Any]] = {
     "student": WORDS,
     "random_init": st.booleans(),
     "layer_map": st.sampled_from(["ratio", "skip", "uniform", "last", "cka"]),
-    "time_map": st.sampled_from(["auto", "identity", "span-last", "span-mean", "segment"]),
+    "time_map": st.sampled_from(["auto", "segment"]),
+    "segment_ratio": st.none() | st.sampled_from(["reasoning=0.5", "prompt=1,answer=0.25"]),
+    "segment_interpolation": st.sampled_from(["linear", "nearest"]),
     "key_space": st.sampled_from(["post-rope", "pre-rope"]),
     "direction": st.sampled_from(["student-to-teacher", "teacher-to-student-joint"]),
     "share_dim_proj": st.just(True),
@@ -140,6 +142,14 @@ def test_recipes_whose_options_depend_on_each_other_come_back(options: dict[str,
         ({"start": "closed-form", "closed_form": "pca"}, "^closed_form: expected ridge or procrustes"),
         ({"kv_segments": "question"}, "^kv_segments: expected all, or some of prompt, reasoning, answer"),
         ({"kv_loss": "mae"}, "mae"),
+        ({"layer_map": "cka", "kv_loss": "structural"}, "^layer_map: expected ratio, skip or last"),
+        ({"start": "uniform", "direction": "teacher-to-student-frozen"}, "^start: expected random or closed-form"),
+        ({"segment_ratio": "reasoning=0.5", "time_map": "span-last"}, "^segment_ratio: expected it with time_map seg"),
+        ({"segment_interpolation": "nearest", "time_map": "identity"}, "^segment_interpolation: expected it with"),
+        *(
+            ({"segment_ratio": text, "time_map": "segment"}, "^segment_ratio: expected (prompt|shares above 0)")
+            for text in ("reasoning", "reasoning=", "padding=1", "all=1", "x=1", "answer=0", "answer=1.5", "answer=nan")
+        ),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(options: dict[str, Any], said: str) -> None:

@@ -20,6 +20,7 @@ from kvpipe.pipeline.kv_losses import (
     kv_cosine,
     kv_hybrid,
     kv_kava,
+    kv_magnitude,
     kv_relation,
     kv_smooth_l1,
     kv_structural,
@@ -64,7 +65,7 @@ def attention_mse(batch: KVBatch) -> Tensor:
 LOSSES: dict[str, Callable[[KVBatch], Tensor]] = {
     "smooth-l1": lambda batch: kv_smooth_l1(*batch.aligned),
     "cosine": lambda batch: kv_cosine(*batch.aligned),
-    "cosine and length": lambda batch: kv_cosine(*batch.aligned, magnitude_weight=0.1),
+    "length": lambda batch: kv_magnitude(*batch.aligned),
     "hybrid": lambda batch: kv_hybrid(*batch.aligned),
     "kava": lambda batch: kv_kava(*batch.aligned),
     "attention-mse": attention_mse,
@@ -200,7 +201,7 @@ def reference_attention_mse(batch: KVBatch) -> float:
 REFERENCES: dict[str, Callable[[KVBatch], float]] = {
     "smooth-l1": over_vectors(huber),
     "cosine": over_vectors(angle),
-    "cosine and length": over_vectors(lambda x, y: angle(x, y) + 0.1 * lengths(x, y)),
+    "length": over_vectors(lengths),
     "hybrid": over_vectors(lambda x, y: squared(x, y) + angle(x, y)),
     "kava": reference_kava,
     "attention-mse": reference_attention_mse,
@@ -237,12 +238,13 @@ def test_a_student_that_equals_its_teacher_has_nothing_to_learn(name: str) -> No
     assert float(LOSSES[name](twin)) == pytest.approx(0, abs=1e-12)
 
 
-def test_cosine_sees_no_length_unless_asked() -> None:
+def test_direction_and_length_do_not_see_each_other() -> None:
     prediction, _, mask = kv_batch().aligned
     assert float(kv_cosine(prediction, 3 * prediction, mask)) == pytest.approx(0, abs=1e-12)
-    assert float(kv_cosine(prediction, 3 * prediction, mask, magnitude_weight=0.5)) == pytest.approx(
-        0.5 * math.log(3) ** 2, rel=1e-6
-    )
+    assert float(kv_magnitude(prediction, 3 * prediction, mask)) == pytest.approx(math.log(3) ** 2, rel=1e-6)
+    turned = prediction.flip(-1)
+    assert float(kv_magnitude(prediction, turned, mask)) == pytest.approx(0, abs=1e-12)
+    assert float(kv_cosine(prediction, turned, mask)) > 0.1
 
 
 @given(scale=st.floats(0.1, 100))

@@ -24,7 +24,18 @@ from kvpipe.pipeline.loss_terms import (
 from kvpipe.pipeline.losses import kv_mse
 from torch import Tensor
 
-NAMES = ["mse", "smooth-l1", "mercator", "hybrid", "kava", "structural", "attention-mse", "relation", "cka"]
+NAMES = [
+    "mse",
+    "smooth-l1",
+    "mercator",
+    "magnitude",
+    "hybrid",
+    "kava",
+    "structural",
+    "attention-mse",
+    "relation",
+    "cka",
+]
 
 # Padding at the end, and tokens in the middle that do not count.
 MASK = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [0, 1, 1, 0, 1]])

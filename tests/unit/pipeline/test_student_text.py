@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -193,6 +194,17 @@ def test_the_map_of_a_batch_is_that_of_its_samples(
         kv = torch.randn(1, 2, 1, 1, int(other), 3, dtype=torch.float64)
         warped = TimeMap(found.index[row][None], found.weight[row][None]).warp(kv)
         torch.testing.assert_close(warped[..., :own, :], alone.warp(kv))
+
+
+def test_a_segment_may_be_stretched_otherwise(whole: KVStore, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Half of the reasoning means no token of the other half, and the nearest only one token for each."""
+    stretch = partial(segment_map, ratio={int(Segment.REASONING): 0.5}, interpolation="nearest")
+    text = own_tokens(whole, tokenizer)
+    found = TokenAlignment(whole, text, "segment", stretch).of([3], None)
+    own, theirs = text.segment_ids[3], np.flatnonzero(whole.segment_ids[3] == Segment.REASONING)
+    used = found.index[0][torch.from_numpy(own[: found.index.shape[1]] == Segment.REASONING)]
+    assert used.max() == theirs[round(len(theirs) / 2) - 1]
+    assert set(found.weight.unique().tolist()) <= {0.0, 1.0}
 
 
 def test_of_a_store_that_evicts_only_what_is_kept_is_looked_at(whole: KVStore, tokenizer: Any) -> None:
