@@ -110,6 +110,9 @@ def _report(config: ExperimentConfig, outcome: ExperimentRuns, runs_dir: Path, r
             remedy="Start them with `kvpipe experiment run`",
         )
     results = collect(config, outcome, runs_dir)
+    for said, names in (("Changed since the first run was finished", results.changed), ("To run", results.unrun)):
+        if names:
+            typer.secho(f"{said}: {', '.join(names)}.", fg=typer.colors.YELLOW, err=True)
     page = write_report(results, report_dir or Path("reports") / config.name)
     for line in (*map(sentence, results.comparisons[results.primary_metric]), *map(claim_sentence, results.claims)):
         typer.echo(line)

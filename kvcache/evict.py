@@ -143,25 +143,6 @@ def require_policy(name: str) -> Eviction:
     return POLICIES.get(name, POLICIES["right-crop"])
 
 
-def require_eviction(policy: str, budget: float | None) -> None:
-    """Raise ConfigError for an unknown policy, and for a budget that is none."""
-    require_policy(policy)
-    if (policy == NONE) != (budget is None):
-        raise ConfigError(
-            "a policy and its budget go together",
-            expected="both --evict and --budget, or neither",
-            found=f"--evict {policy} with {'no budget' if budget is None else f'--budget {budget:g}'}",
-            remedy="Name both",
-        )
-    if budget is not None and not (0 < budget < 1 or (budget >= 1 and float(budget).is_integer())):
-        raise ConfigError(
-            "no such budget",
-            expected="a share of a sample's tokens below 1, or a whole number of tokens",
-            found=f"{budget:g}",
-            remedy="Mend --budget",
-        )
-
-
 def require_reachable(budget: float | None, longest: int) -> None:
     """Raise ConfigError where no sample has a token that may be kept, or none reaches the budget."""
     if longest < 1:

@@ -43,9 +43,9 @@ def kept_declaration(runs_dir: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     with reading(path, "Put it back, or delete it: reports then cannot say what was asked first"):
-        kept = dict(json.loads(path.read_bytes()))
-        if not isinstance(kept.get("arms", {}), dict):
-            raise ValueError("arms are no table")
+        kept = json.loads(path.read_bytes())
+        if not (isinstance(kept, dict) and isinstance(kept.get("arms", {}), dict)):
+            raise ValueError("no table, or none of arms")
         return kept
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import partial
@@ -73,6 +74,8 @@ class ExperimentConfig:
     tuning_seeds: tuple[int, ...] = ()
     stores: Mapping[str, ExtractConfig] = field(default_factory=dict)
     arm_stores: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    command: str = ""
+    """That runs it."""
 
     def stores_of(self, arm: str) -> tuple[ExtractConfig, ...]:
         """The extractions that an arm reads. Its text is that of the first."""
@@ -117,12 +120,13 @@ def load_experiment(path: Path, overrides: Sequence[str] = ()) -> ExperimentConf
         arms=arms,
         arm_stores=arm_stores,
         comparisons=_comparisons(file, arms),
+        command=shlex.join(["kvpipe", "experiment", "run", str(path), *(f"--set={given}" for given in overrides)]),
     )
 
 
 def _require_keys(file: ExperimentFile) -> None:
     optional = {"base", "stores", "tuning_seeds"}
-    required = {entry.name for entry in fields(ExperimentConfig)} - optional - {"arm_stores"}
+    required = {entry.name for entry in fields(ExperimentConfig)} - optional - {"arm_stores", "command"}
     unknown, missing = sorted(file.document.keys() - required - optional), sorted(required - file.document.keys())
     if unknown or missing:
         raise ConfigError(
@@ -211,6 +215,9 @@ def _arms(
 ) -> tuple[dict[str, DistillConfig], dict[str, tuple[str, ...]]]:
     """The recipes by arm, and the names of the `stores` of those that name any."""
     base = file.table("base") if "base" in file.document else {}
+    # An arm may override all of it, but what is no option is a mistake.
+    own = {name: value for name, value in base.items() if name != "store"}
+    parse_fields(own, get_type_hints(DistillConfig), partial(file.where, "base"))
     arms, arm_stores = {}, {}
     for name, overrides in file.table("arms").items():
         key = f"arms.{_name(file, name, 'arms')}"

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from ..data.corpus import BUILTIN_DATASET
+from ..data.errors import DataError
 from ..data.sample import select_segments
-from ..kvcache.codec import require_codec
-from ..kvcache.errors import ConfigError
-from ..kvcache.evict import require_eviction
+from ..kvcache.codec import CODECS
+from ..kvcache.evict import NONE, POLICIES
+from ..kvcache.layers import select_layers
 from ..kvcache.writer import OnNonfinite
-from .fields import flags
+from .fields import FieldError, flags
 
 MAX_SEED = 2**32
 """What NumPy's generator takes."""
@@ -23,7 +25,7 @@ WrongAnswers = Literal["drop", "keep"]
 
 @dataclass(frozen=True)
 class ExtractConfig:
-    """The options of `kvpipe extract`. Raises ConfigError or DataError for what is none of them."""
+    """The options of `kvpipe extract`. Raises FieldError for values that make no sense."""
 
     model: str
     store: Path
@@ -51,16 +53,52 @@ class ExtractConfig:
     queries: bool = False
 
     def __post_init__(self) -> None:
-        if self.batch_size is not None and self.batch_size < 1:
-            raise ConfigError("no such batch", expected="at least 1", found=self.batch_size, remedy="Mend --batch-size")
+        for name in ("samples", "eval_samples", "batch_size", "max_shard_bytes", "max_new_tokens"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise FieldError(name, "at least 1", getattr(self, name))
         if not 0 <= self.seed < MAX_SEED:
-            raise ConfigError(
-                "no such seed", expected="0 or more, and less than 2**32", found=self.seed, remedy="Mend --seed"
-            )
-        require_codec(self.codec)
-        select_segments(self.segments)
-        require_eviction(self.evict, self.budget)
-        _require_reasoning(self)
+            raise FieldError("seed", "0 or more, and less than 2**32", self.seed)
+        if self.codec not in CODECS:
+            raise FieldError("codec", ", ".join(CODECS), self.codec)
+        try:
+            select_segments(self.segments)
+        except DataError as error:
+            raise FieldError("segments", "all, or some of prompt, reasoning, answer", repr(self.segments)) from error
+        self._require_eviction()
+        self._require_reasoning()
+
+    def _require_eviction(self) -> None:
+        if self.evict not in (NONE, *POLICIES):
+            raise FieldError("evict", ", ".join((NONE, *POLICIES)), self.evict)
+        budget = self.budget
+        if (self.evict == NONE) != (budget is None):
+            found = f"evict {self.evict} with {'no budget' if budget is None else f'budget {budget:g}'}"
+            raise FieldError("budget", "both evict and budget, or neither", found)
+        if budget is not None and not (0 < budget < 1 or (budget >= 1 and float(budget).is_integer())):
+            expected = "a share of a sample's tokens below 1, or a whole number of tokens"
+            raise FieldError("budget", expected, f"{budget:g}")
+
+    def _require_reasoning(self) -> None:
+        if not 0 <= self.temperature < math.inf:
+            raise FieldError("temperature", "0 (greedy) or more", self.temperature)
+        defaults = {field.name: field.default for field in fields(self)}
+        for name in ("temperature", "max_new_tokens", "wrong_answers"):
+            if self.reasoning == "dataset" and (found := getattr(self, name)) != defaults[name]:
+                raise FieldError(name, "it with --reasoning teacher alone", found)
+
+    def declared(self, num_layers: int) -> dict[str, Any]:
+        """What a manifest says that is known without the teacher, but for its number of layers. Raises ConfigError for
+        layers that are not there."""
+        return {
+            "reasoning": self.reasoning_identity,
+            "codec": self.codec,
+            "layers": select_layers(self.layers, num_layers),
+            "segments": select_segments(self.segments),
+            "eviction": self.evict,
+            "budget": self.budget,
+            "queries": self.queries,
+            "seed": self.seed,
+        }
 
     def flags(self) -> list[str]:
         """The options of `kvpipe extract` that give this config; defaults are left out."""
@@ -73,28 +111,6 @@ class ExtractConfig:
             return "dataset"
         how = f"temperature {self.temperature:g}" if self.temperature else "greedy"
         return f"teacher ({how}, {self.max_new_tokens} new tokens at most, wrong answers: {self.wrong_answers})"
-
-
-def _require_reasoning(config: ExtractConfig) -> None:
-    """Raise ConfigError for options of generation that are out of range, or have no effect."""
-    if not 0 <= config.temperature < float("inf"):
-        raise ConfigError(
-            "no such temperature", expected="0 (greedy) or more", found=config.temperature, remedy="Mend --temperature"
-        )
-    if config.max_new_tokens < 1:
-        raise ConfigError(
-            "no such length", expected="at least 1", found=config.max_new_tokens, remedy="Mend --max-new-tokens"
-        )
-    defaults = {field.name: field.default for field in fields(config)}
-    for name in ("temperature", "max_new_tokens", "wrong_answers"):
-        if config.reasoning == "dataset" and (found := getattr(config, name)) != defaults[name]:
-            option = f"--{name.replace('_', '-')}"
-            raise ConfigError(
-                f"{option} has no effect on reasoning from the data set",
-                expected="it with --reasoning teacher",
-                found=found,
-                remedy=f"Add --reasoning teacher, or leave {option} out",
-            )
 
 
 def default_store(model: str) -> Path:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +27,16 @@ class ExperimentRuns:
 
 
 def finished_runs(config: ExperimentConfig, runs_dir: Path) -> ExperimentRuns:
-    """What is there already, without running anything. Raises StoreError for an incomplete store, ConfigError for
-    held-out text that is in the training text, and where a folder holds another run than the file's."""
+    """What is there already, without running anything. Raises StoreError for an incomplete store, ConfigError for one
+    of another extraction than the file's, for held-out text that is in the training text, and where a folder holds
+    another run than the file's."""
     stores = {extraction.store: KVStore.open(extraction.store) for extraction in config.extractions}
-    for store in stores.values():
+    for extraction in config.extractions:
+        store = stores[extraction.store]
         store.require_complete()
+        manifest = store.manifest
+        asked = replace(manifest, **extraction.declared(manifest.teacher.num_layers))
+        asked.require_same(manifest, str(store.path))
     require_comparable(config, stores)
     for run in config.runs:
         is_finished(runs_dir / run.name, run.recipe, [stores[place] for place in run.stores])

@@ -63,11 +63,12 @@ def paired_differences(results: Results) -> str:
     figure, axes = _figure(6.4, 0.8 + 0.5 * len(comparisons))
     axes.axvline(0, color=INK, linewidth=0.8)
     for row, comparison in enumerate(reversed(comparisons)):
-        axes.plot(comparison.differences, [row] * comparison.num_seeds, "o", color=COLOURS[0], alpha=0.45)
+        axes.plot(comparison.differences, [row] * comparison.num_seeds, "o", color=COLOURS[0], alpha=0.6, zorder=3)
         axes.plot(comparison.headline, [row, row], color=COLOURS[1], linewidth=2)
         if comparison.margin is not None:
             axes.plot([-comparison.margin, comparison.margin], [row, row], "|", color=INK, markersize=14)
-        axes.plot([comparison.mean_difference], [row], "D", color=COLOURS[1], markersize=6)
+        # Hollow: seeds that lie close to the mean show through.
+        axes.plot([comparison.mean_difference], [row], "D", color=COLOURS[1], markersize=9, markerfacecolor="none")
     labels = [f"{c.arm} - {c.control}{f', within {c.margin:g}' if c.margin else ''}" for c in reversed(comparisons)]
     axes.set_yticks(range(len(comparisons)), labels)
     axes.set_xlabel(f"difference in {results.primary_metric}, one dot a seed; mean, CI and margin")

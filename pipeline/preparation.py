@@ -19,7 +19,6 @@ from ..data.tokenize import TokenizedSample, tokenize
 from ..kvcache.create import TOKEN_BLOCK, SampleTable
 from ..kvcache.errors import ConfigError, ModelError
 from ..kvcache.evict import NONE, kept_lengths, require_reachable
-from ..kvcache.layers import select_layers
 from ..kvcache.layout import LOGICAL_DTYPES, KVGeometry, dtype_name
 from ..kvcache.manifest import (
     SCHEMA_VERSION,
@@ -186,18 +185,11 @@ def _manifest(
         ),
         tokenizer_hash=hash_tokenizer(tokenizer),
         dataset=DatasetIdentity(corpus.name, len(samples), hash_samples(samples)),
-        reasoning=config.reasoning_identity,
         dtype=dtype_name(teacher.dtype),
-        codec=config.codec,
-        layers=select_layers(config.layers, num_layers),
-        segments=select_segments(config.segments),
-        eviction=config.evict,
-        budget=config.budget,
-        queries=config.queries,
         key_position="post-rope" if rope else "none",
         rope=rope,
         max_tokens=max_tokens,
-        seed=config.seed,
+        **config.declared(num_layers),
     )
 
 

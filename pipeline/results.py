@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,8 @@ class Savings:
 @dataclass(frozen=True)
 class Results:
     """All that a report shows. `declared` is what the experiment file says of it, `changed` what of that it said
-    otherwise before the first run was finished (None: not known), `unrun` the runs still to come."""
+    otherwise before the first run was finished (None: not known), `unrun` the runs still to come, `command` what runs
+    all of it, `versions` what the statistics were made with."""
 
     name: str
     primary_metric: str
@@ -75,8 +77,10 @@ class Results:
     stores: list[dict[str, Any]]
     splits: dict[str, dict[str, str]]
     arm_stores: dict[str, list[str]]
+    command: str
     extractions: list[str]
     commands: dict[str, str]
+    versions: dict[str, str]
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -123,6 +127,8 @@ def collect(config: ExperimentConfig, outcome: ExperimentRuns, runs_dir: Path) -
         stores=[summarise(store) for store in stores],
         splits={str(store.path): split_hashes(store) for store in stores},
         arm_stores={arm: _places(config, arm) for arm in config.arms},
+        command=config.command,
+        versions={name: version(name) for name in ("kvpipe", "scipy", "statsmodels")},
         extractions=[shlex.join(["kvpipe", "extract", *e.flags()]) for e in config.extractions],
         commands={
             arm: shlex.join(["kvpipe", "distill", *_store_flags(config, arm), *recipe.flags()])

@@ -19,7 +19,7 @@ from .student_files import student_files
 
 SHAPE: dict[str, type] = {
     **dict.fromkeys(("config", "metrics", "pairing", "parameters", "seconds", "student", "versions"), dict),
-    **dict.fromkeys(("steps", "tokens", "train_samples", "common_samples", "teacher_forwards"), int),
+    **dict.fromkeys(("steps", "tokens", "train_samples", "common_samples", "teacher_forwards", "threads"), int),
     **dict.fromkeys(("collapsed", "absorbed", "router_collapsed"), bool),
     "stores": list,
     "data_wait_share": float,

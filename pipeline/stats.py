@@ -60,9 +60,11 @@ class Comparison:
     p_wilcoxon: float = NAN
     crossed_low: float = NAN
     crossed_high: float = NAN
+    crossed_error: float = NAN
     p_crossed: float = NAN
     minimum_detectable: float = NAN
-    """What this many seeds of this spread find with a probability of POWER, in units of the metric."""
+    """What this design finds with a probability of POWER, in units of the metric: a difference; with a margin the least
+    margin within which arms that are equal would be shown to be."""
     margin: float | None = None
     p_beyond: float = NAN
     missing_seeds: tuple[int, ...] = ()
@@ -81,8 +83,10 @@ class Comparison:
 
     @property
     def headline(self) -> tuple[float, float]:
-        """The interval to go by: over seeds and samples where there is one, else over seeds."""
-        return (self.ci_low, self.ci_high) if math.isnan(self.crossed_low) else (self.crossed_low, self.crossed_high)
+        """The interval to go by. Where there is one over seeds and samples too it holds both, as the verdict takes the
+        greater p of both."""
+        # A NaN is no end.
+        return float(np.fmin(self.ci_low, self.crossed_low)), float(np.fmax(self.ci_high, self.crossed_high))
 
 
 @dataclass(frozen=True)
@@ -145,7 +149,14 @@ def _with_other_samples(found: Comparison, crossed: CrossedBootstrap) -> Compari
     p_crossed, p_beyond = _p_values(crossed, found.margin)
     # NaN, where nothing is asked, stays NaN.
     p_beyond = float(np.maximum(found.p_beyond, p_beyond))
-    return replace(found, crossed_low=low, crossed_high=high, p_crossed=p_crossed, p_beyond=p_beyond)
+    return replace(
+        found,
+        crossed_low=low,
+        crossed_high=high,
+        crossed_error=crossed.error,
+        p_crossed=p_crossed,
+        p_beyond=p_beyond,
+    )
 
 
 def _p_values(tests: PairedT | CrossedBootstrap, margin: float | None) -> tuple[float, float]:
@@ -203,16 +214,27 @@ def _with_verdict(comparison: Comparison, family: int) -> Comparison:
 
 
 def _minimum_detectable(comparison: Comparison, family: int) -> float:
-    """By the t-test, at the level that Holm asks of the smallest p of its family, the strictest."""
-    if comparison.num_seeds < 2 or math.isnan(comparison.effect_size) or comparison.margin is not None:
+    """By a t-test with the greater error of the two, over seeds or over seeds and samples, at the level that Holm asks
+    of the smallest p of its family, the strictest."""
+    if comparison.num_seeds < 2 or math.isnan(comparison.effect_size):
         return NAN
-    return _detectable_effect(comparison.num_seeds, family) * float(np.std(comparison.differences, ddof=1))
+    of_seeds = float(np.std(comparison.differences, ddof=1)) / math.sqrt(comparison.num_seeds)
+    detectable = _detectable_difference if comparison.margin is None else _detectable_margin
+    return detectable(comparison.num_seeds, family) * float(np.fmax(of_seeds, comparison.crossed_error))
 
 
 @cache
-def _detectable_effect(num_seeds: int, family: int) -> float:
-    """As Cohen's d_z."""
-    return float(TTestPower().solve_power(nobs=num_seeds, alpha=ALPHA / family, power=POWER))
+def _detectable_difference(num_seeds: int, family: int) -> float:
+    """In standard errors."""
+    effect = TTestPower().solve_power(nobs=num_seeds, alpha=ALPHA / family, power=POWER)
+    return float(effect) * math.sqrt(num_seeds)
+
+
+@cache
+def _detectable_margin(num_seeds: int, family: int) -> float:
+    """In standard errors: where both one-sided tests reject, if the arms are equal (Julious 2004, eq. 21)."""
+    quantile = stats.t(num_seeds - 1).ppf
+    return float(quantile(1 - ALPHA / family) + quantile((1 + POWER) / 2))
 
 
 def _verdict(comparison: Comparison) -> Verdict | None:

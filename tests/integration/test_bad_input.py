@@ -74,7 +74,7 @@ EXTRACT_CASES = {
     "dtype": _extract("--dtype", "float17", says=("expected auto, float32", "found float17", "--dtype")),
     "device": _extract("--device", "quantum", says=("expected auto, cpu, cuda", "found quantum", "--device")),
     "other device": _extract("--device", "meta", says=("expected cpu or cuda, found meta", "--device")),
-    "codec": _extract("--codec", "zip", says=("unknown codec: expected raw, fp8, int8", "found zip", "--codec")),
+    "codec": _extract("--codec", "zip", says=("codec: expected raw, fp8, int8", "found zip", "--codec")),
     "layer 9": _extract("--layers", "1,9", says=("expected numbers from 0 to", "found 1,9", "--layers")),
     "layers": _extract("--layers", "top", says=("expected all, ratio:N, or numbers", "found top", "--layers")),
     "batch size 0": _extract("--batch-size", 0, says=("expected auto, or at least 1, found 0", "--batch-size")),
@@ -92,7 +92,7 @@ EXTRACT_CASES = {
         *("--reasoning", "teacher", "--max-new-tokens", 0), says=("expected at least 1, found 0", "--max-new-tokens")
     ),
     "temperature of nothing": _extract(
-        "--temperature", "1", says=("--temperature has no effect on reasoning from the data set", "found 1.0")
+        "--temperature", "1", says=("temperature: expected it with --reasoning teacher alone", "found 1.0")
     ),
     "other reasoning": _extract("--reasoning", "teacher", place=STORED, says=("reasoning differs", "found dataset")),
     "samples 0": _extract("--samples", 0, says=("expected at least 1", "found 0")),
@@ -123,14 +123,14 @@ EXTRACT_CASES = {
     "other eviction": _extract(
         "--evict", "rkv", "--budget", "8", place=STORED, says=("eviction differs", "expected rkv, found none")
     ),
-    "policy": _extract("--evict", "h2o", "--budget", "8", says=("unknown eviction policy", "right-crop", "found h2o")),
-    "policy alone": _extract("--evict", "rkv", says=("expected both --evict and --budget", "no budget")),
-    "budget alone": _extract("--budget", "0.5", says=("expected both --evict and --budget", "--budget 0.5")),
-    "budget of none": _extract("--evict", "rkv", "--budget", "0", says=("no such budget", "found 0")),
+    "policy": _extract("--evict", "h2o", "--budget", "8", says=("evict: expected none, right-crop", "found h2o")),
+    "policy alone": _extract("--evict", "rkv", says=("expected both evict and budget", "no budget")),
+    "budget alone": _extract("--budget", "0.5", says=("expected both evict and budget", "budget 0.5")),
+    "budget of none": _extract("--evict", "rkv", "--budget", "0", says=("budget: expected a share", "found 0")),
     "budget a word": _extract("--evict", "rkv", "--budget", "half", says=("no such budget", "found half")),
     "budget beyond": _extract("--evict", "rkv", "--budget", "9999", says=("larger than every sample", "found 9999")),
-    "segment": _extract("--segments", "prompt,proof", says=("expected all, or some of prompt", "found proof")),
-    "no segment": _extract("--segments", "", says=("found nothing", "--segments")),
+    "segment": _extract("--segments", "prompt,proof", says=("expected all, or some of prompt", "found 'prompt,proof'")),
+    "no segment": _extract("--segments", "", says=("found ''", "--segments")),
     "other limit": _extract("--max-tokens", 64, place=STORED, says=("max_tokens differs", "expected 64, found 1024")),
 }
 DISTILL_CASES = {
@@ -161,7 +161,7 @@ DISTILL_CASES = {
     "lost its tokens": _distill("--store", "lost.zarr", says=("input_ids in", "is damaged", "expected", "found")),
     "which store": Case(["distill"], ("expected exactly one under stores/, found none", "--store")),
     "plan for no model": Case(["plan", "--model", "nosuch"], ("model 'nosuch'", "kvpipe models")),
-    "plan for no codec": Case(["plan", "--model", "teacher", "--codec", "zip"], ("unknown codec", "found zip")),
+    "plan for no codec": Case(["plan", "--model", "teacher", "--codec", "zip"], ("codec: expected raw", "found zip")),
     "bench nothing": Case(["bench", "no.zarr"], ("no KV store at no.zarr", "found nothing")),
     "bench half": Case(["bench", "half.zarr"], ("half.zarr is incomplete", "expected 6 shards, found 5")),
     "bench batch": Case(["bench", "stored.zarr", "--batch-size", 0], ("expected at least 1, found 0", "--batch-size")),

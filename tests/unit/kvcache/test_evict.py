@@ -18,7 +18,6 @@ from kvpipe.kvcache.evict import (
     Observed,
     choose_tokens,
     kept_lengths,
-    require_eviction,
     require_reachable,
 )
 from kvpipe.kvcache.layout import take_tokens
@@ -162,22 +161,6 @@ def test_budgets_are_shares_or_numbers() -> None:
     assert kept_lengths(eligible, 0.5).tolist() == [5, 2, 0, 1]
     assert kept_lengths(eligible, 4.0).tolist() == [4, 3, 0, 1]
     assert kept_lengths(eligible, 4.0).dtype == np.int32
-
-
-@pytest.mark.parametrize(
-    ("policy", "budget", "says"),
-    [
-        ("rvk", 0.5, "unknown eviction policy: expected none, right-crop, random, rkv, found rvk"),
-        ("rkv", None, "found --evict rkv with no budget"),
-        ("none", 0.5, "found --evict none with --budget 0.5"),
-        ("rkv", 0.0, "found 0"),
-        ("rkv", 1.5, r"found 1\.5"),
-        ("rkv", math.nan, "found nan"),
-    ],
-)
-def test_a_policy_and_a_budget_that_make_no_sense_are_refused(policy: str, budget: float | None, says: str) -> None:
-    with pytest.raises(ConfigError, match=says):
-        require_eviction(policy, budget)
 
 
 def test_a_budget_that_no_sample_reaches_is_refused() -> None:

@@ -228,6 +228,7 @@ def _run_record(name: str, recipe: DistillConfig, ce: float, manifest: str) -> d
         "seconds": {"setup": 1.0, "train": 6.0, "data_wait": 0.5, "evaluation": 1.0, "total": 8.0 + recipe.seed},
         "data_wait_share": 0.083,
         "teacher_forwards": 0,
+        "threads": 1,
         "stores": [{"path": "stores/teacher.zarr", "manifest": manifest}],
         "student": {},
         "versions": {"python": "3.11", "kvpipe": "0.1.0"},

@@ -166,6 +166,8 @@ def test_the_frontier_compares_every_store_and_two_controls_within_a_margin(root
 
 
 BROKEN = {
+    "no samples": ("samples = 40", "samples = -4", "line 9: extract.samples: expected at least 1, found -4"),
+    "a base that all arms override": ("kv_weight = 2", 'mode = "zzz"', "line 15: base.mode: .*'zzz'"),
     "a list of models": ('model = "qwen"', 'model = ["qwen", "llama"]', "extract.model: expected str, found"),
     "a list of truths": ("samples = 40", "layers = [true]", "extract.layers: expected str or list of them"),
     "a list of lists": (
@@ -252,10 +254,22 @@ BROKEN = {
         'mode = "flat"\nkv_loss = "structural"\nlayer_map = "cka"',
         "line 24: arms.flat.layer_map: expected ratio, skip or last with --kv-loss structural",
     ),
-    "a codec that is none": ("samples = 40", 'codec = "zip"', "line 7: extract: unknown codec: .* found zip"),
-    "a store's codec that is none": (BASE, BASE + '[stores.small]\ncodec = "zip"\n', "stores.small: unknown codec"),
-    "a store's budget without a policy": (BASE, BASE + "[stores.small]\nbudget = 8\n", "stores.small: a policy and"),
-    "a store of other segments": (BASE, BASE + '[stores.small]\nsegments = "end"\n', "stores.small: .*found end"),
+    "a codec that is none": ("samples = 40", 'codec = "zip"', "line 9: extract.codec: expected raw, fp8, .* found zip"),
+    "a store's codec that is none": (
+        BASE,
+        BASE + '[stores.small]\ncodec = "zip"\n',
+        "stores.small.codec: expected raw",
+    ),
+    "a store's budget without a policy": (
+        BASE,
+        BASE + "[stores.small]\nbudget = 8\n",
+        "stores.small.budget: expected both evict and",
+    ),
+    "a store of other segments": (
+        BASE,
+        BASE + '[stores.small]\nsegments = "end"\n',
+        "stores.small.segments: .*found 'end'",
+    ),
     "a layer map that is not there": ("kv_weight = 2", 'layer_map = "no.json"', "line 15: base.layer_map: no.json"),
     "an arm with a budget": ("learning_rate = 0.004", "max_steps = 4", "arms.flat.max_steps: expected it in .budget"),
     "a base with a budget": ("kv_weight = 2", "epochs = 2.0", "line 15: base.epochs: expected it in .budget"),

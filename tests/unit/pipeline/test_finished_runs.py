@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from kvpipe.kvcache.errors import ConfigError, StoreError
 from kvpipe.pipeline.declaration import declare
 from kvpipe.pipeline.finished_runs import finished_runs, settled_runs
 
@@ -38,6 +39,19 @@ def test_a_run_to_come_is_to_be_run(finished: Any) -> None:
 def test_another_extraction_is_to_be_held_against_its_store(finished: Any, changes: dict[str, Any]) -> None:
     config = replace(finished.config, extract=replace(finished.config.extract, **changes))
     assert settled_runs(config, finished.runs_dir) is None
+
+
+@pytest.mark.parametrize("changes", [{"codec": "int8"}, {"seed": 3}, {"segments": "answer"}, {"layers": "0"}])
+def test_no_report_says_of_a_store_what_it_is_not(finished: Any, changes: dict[str, Any]) -> None:
+    config = replace(finished.config, extract=replace(finished.config.extract, **changes))
+    with pytest.raises(StoreError, match=r"holds another extraction \((codec|seed|segments|layers).* differs\)"):
+        finished_runs(config, finished.runs_dir)
+
+
+def test_layers_that_the_stores_teacher_has_not_are_refused(finished: Any) -> None:
+    config = replace(finished.config, extract=replace(finished.config.extract, layers="99"))
+    with pytest.raises(ConfigError, match="no such layers"):
+        finished_runs(config, finished.runs_dir)
 
 
 def test_a_store_that_is_gone_is_to_be_extracted(finished: Any, tmp_path: Any) -> None:

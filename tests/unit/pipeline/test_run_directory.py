@@ -29,6 +29,7 @@ RECORD: dict[str, Any] = {
     "train_samples": 3,
     "common_samples": 3,
     "teacher_forwards": 0,
+    "threads": 1,
     "collapsed": False,
     "absorbed": False,
     "router_collapsed": False,

@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from kvpipe.pipeline import crossed_bootstrap
 from kvpipe.pipeline.crossed_bootstrap import SampleDifferences
 from kvpipe.pipeline.questions import LOWER_IS_BETTER, Question
-from kvpipe.pipeline.stats import ALPHA, MIN_SEEDS, Comparison, adjust, compare, distribution_free, mcnemar_test
+from kvpipe.pipeline.stats import ALPHA, MIN_SEEDS, POWER, Comparison, adjust, compare, distribution_free, mcnemar_test
 from numpy.typing import NDArray
 from scipy import stats
+from statsmodels.stats.power import TTestPower
 
 P_VALUES = st.lists(st.floats(0, 1), min_size=1, max_size=8)
 
@@ -308,6 +309,68 @@ def test_a_family_is_told_apart_for_other_samples_no_more_often_than_alpha(
         of_seeds += any(c.p_value < ALPHA / 4 for c in family)
     assert false_alarms <= stats.binom.ppf(0.999, experiments, ALPHA)
     assert of_seeds > 0.5 * experiments or margin is not None
+
+
+def whole(rng: np.random.Generator, seeds: int, spreads: tuple[float, float, float], effect: float = 0.0) -> Comparison:
+    """One question over 40 shared samples, by the rule that reports go by."""
+    values = (
+        effect
+        + rng.normal(0, spreads[0], (seeds, 1))
+        + rng.normal(0, spreads[1], (1, 40))
+        + rng.normal(0, spreads[2], (seeds, 40))
+    )
+    differences = SampleDifferences(values, np.ones(40))
+    question, control = Question("a", "b"), scores([0.0] * seeds)
+    return adjust([compare(question, "ce", scores(values.mean(1)), control, differences)])[0]
+
+
+SPREADS = {"seeds and samples": (8, (0.05, 0.3, 0.5)), "seeds": (6, (0.1, 0.0, 0.3))}
+
+
+@pytest.mark.parametrize(("seeds", "spreads"), SPREADS.values(), ids=list(SPREADS))
+def test_equal_arms_are_told_apart_and_the_truth_is_covered_as_often_as_it_is_said(
+    seeds: int, spreads: tuple[float, float, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(crossed_bootstrap, "RESAMPLES", 1000)
+    experiments, rng, wrong, covered = 2000, np.random.default_rng(0), 0, 0
+    for _ in range(experiments):
+        found = whole(rng, seeds, spreads)
+        wrong += found.verdict in ("better", "worse")
+        covered += found.headline[0] <= 0 <= found.headline[1]
+    assert 0 < wrong <= stats.binom.ppf(0.999, experiments, ALPHA)
+    assert 0.935 <= covered / experiments <= 0.965
+
+
+@pytest.mark.parametrize(("seeds", "spreads"), SPREADS.values(), ids=list(SPREADS))
+def test_what_is_detectable_is_detected_about_that_often(
+    seeds: int, spreads: tuple[float, float, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the true spread: a report knows it as well as its seeds do."""
+    monkeypatch.setattr(crossed_bootstrap, "RESAMPLES", 1000)
+    experiments, rng = 400, np.random.default_rng(1)
+    by_seed, by_sample, cell = spreads
+    error = math.sqrt(by_seed**2 / seeds + by_sample**2 / 40 + cell**2 / (40 * seeds))
+    effect = TTestPower().solve_power(nobs=seeds, alpha=ALPHA, power=POWER) * math.sqrt(seeds) * error
+    found = [whole(rng, seeds, spreads, -effect) for _ in range(experiments)]
+    assert 0.7 < sum(c.verdict == "better" for c in found) / experiments < 0.92
+    assert np.median([c.minimum_detectable for c in found]) == pytest.approx(effect, rel=0.1)
+
+
+def test_the_interval_excludes_zero_where_both_tests_do() -> None:
+    rng = np.random.default_rng(23)
+    for effect in np.linspace(0, 0.3, 30):
+        found = whole(rng, 6, (0.1, 0.2, 0.3), effect)
+        (low, high), p_value = found.headline, max(found.p_value, found.p_crossed)
+        assert (low > 0 or high < 0) == (p_value < ALPHA) or abs(p_value - ALPHA) < 1e-3
+
+
+def test_a_margin_that_is_detectable_is_shown_about_that_often() -> None:
+    rng = np.random.default_rng(29)
+    values = [rng.normal(0, 1, 8) for _ in range(400)]
+    margin = (stats.t(7).ppf(1 - ALPHA / 2) + stats.t(7).ppf(0.9)) / math.sqrt(8)
+    found = [adjust([compare(Question("a", "b", margin), "ce", scores(v), scores([0.0] * 8))])[0] for v in values]
+    assert 0.72 < sum(c.verdict == "equivalent" for c in found) / len(found) < 0.9
+    assert np.median([c.minimum_detectable for c in found]) == pytest.approx(margin, rel=0.1)
 
 
 def test_a_tiny_margin_makes_no_difference_easier_to_find() -> None:
