@@ -155,10 +155,13 @@ def layer_map(name: str, num_student_layers: int, num_teacher_layers: int) -> La
 
 def layer_map_text(name: str) -> str:
     """A name of `layer_map` that depends on no file: of a `.json` file its text, on one line. Raises ConfigError where
-    there is no such file, or no JSON in it."""
-    if name.endswith(".json"):
-        return json.dumps(_read_json(Path(name)), separators=(",", ":"))
-    return json.dumps(_parse_json(name, "the layer map"), separators=(",", ":")) if name.startswith("{") else name
+    there is no such file, or no map of any depths in it."""
+    if not name.endswith(".json") and not name.startswith("{"):
+        return name
+    where = name if name.endswith(".json") else "the layer map"
+    document = _read_json(Path(name)) if name.endswith(".json") else _parse_json(name, where)
+    _require_map(document, where)
+    return json.dumps(document, separators=(",", ":"))
 
 
 def cka_map(similarity: Float[Tensor, "Ls Lt"], top_k: int = 2, temperature: float = 0.1) -> LayerMap:
@@ -183,21 +186,28 @@ def read_layer_map(path: Path, num_student_layers: int, num_teacher_layers: int)
     return _fitting(_read_json(path), str(path), num_student_layers, num_teacher_layers)
 
 
-def _fitting(document: Any, where: str, num_student_layers: int, num_teacher_layers: int) -> LayerMap:
+def _require_map(document: Any, where: str) -> None:
     match document:
-        case {"layers": list() as layers, **rest} if not rest:
-            wrong = [j for j in layers if type(j) is not float or j not in range(num_teacher_layers)]
-            if wrong or len(layers) != num_student_layers:
-                expected = f"{num_student_layers} layers from 0 to {num_teacher_layers - 1}"
-                raise _refuse(f"{where} does not fit", expected, _count(layers, wrong))
-            return LayerMap.one_hot([int(j) for j in layers], num_teacher_layers)
-        case {"weights": list() as rows, **rest} if not rest:
-            wrong = [row for row in rows if not _is_row(row, num_teacher_layers)]
-            if wrong or len(rows) != num_student_layers:
-                expected = f"{num_student_layers} rows of {num_teacher_layers} numbers"
-                raise _refuse(f"{where} does not fit", expected, _count(rows, wrong))
-            return LayerMap(tuple(map(tuple, rows)))
-    raise _refuse(f"{where} is no layer map", '{"weights": [[...]]} or {"layers": [...]}', "other JSON")
+        case {"layers": list(), **rest} | {"weights": list(), **rest} if not rest:
+            return
+    found = f"a table of {', '.join(document)[:60] or 'nothing'}" if isinstance(document, dict) else "other JSON"
+    raise _refuse(f"{where} is no layer map", '{"weights": [[...]]} or {"layers": [...]} alone', found)
+
+
+def _fitting(document: Any, where: str, num_student_layers: int, num_teacher_layers: int) -> LayerMap:
+    _require_map(document, where)
+    if (layers := document.get("layers")) is not None:
+        wrong = [j for j in layers if type(j) is not float or j not in range(num_teacher_layers)]
+        if wrong or len(layers) != num_student_layers:
+            expected = f"{num_student_layers} layers from 0 to {num_teacher_layers - 1}"
+            raise _refuse(f"{where} does not fit", expected, _count(layers, wrong))
+        return LayerMap.one_hot([int(j) for j in layers], num_teacher_layers)
+    rows = document["weights"]
+    wrong = [row for row in rows if not _is_row(row, num_teacher_layers)]
+    if wrong or len(rows) != num_student_layers:
+        expected = f"{num_student_layers} rows of {num_teacher_layers} numbers"
+        raise _refuse(f"{where} does not fit", expected, _count(rows, wrong))
+    return LayerMap(tuple(map(tuple, rows)))
 
 
 def _count(entries: list[Any], wrong: list[Any]) -> str:

@@ -270,6 +270,11 @@ BROKEN = {
         BASE + '[stores.small]\nsegments = "end"\n',
         "stores.small.segments: .*found 'end'",
     ),
+    "a layer map that is none": (
+        "kv_weight = 2",
+        'layer_map = \'{"layers": [1, 3], "foo": 1}\'',
+        "line 15: base.layer_map: the layer map is no layer map: .* found a table of layers, foo",
+    ),
     "a layer map that is not there": ("kv_weight = 2", 'layer_map = "no.json"', "line 15: base.layer_map: no.json"),
     "an arm with a budget": ("learning_rate = 0.004", "max_steps = 4", "arms.flat.max_steps: expected it in .budget"),
     "a base with a budget": ("kv_weight = 2", "epochs = 2.0", "line 15: base.epochs: expected it in .budget"),
