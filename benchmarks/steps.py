@@ -21,8 +21,8 @@ from shapes import QWEN_05B
 from side_by_side import HEADER, Ratio, alternate, of_values, quiet, ratio
 from transformers import Qwen2ForCausalLM
 
-SAMPLES, STEPS, RUNS = 600, 100, 5
-LARGE_SAMPLES, LARGE_STEPS, LARGE_RUNS = 64, 8, 3
+SAMPLES, STEPS, RUNS = 600, 100, 3
+LARGE_SAMPLES, LARGE_STEPS, LARGE_RUNS = 64, 8, 2
 MODES: tuple[DistillMode, ...] = ("none", "flat", "structured")
 CODECS = ("raw", "int8", "int4")
 
@@ -74,4 +74,6 @@ def _run(store: Path, recipe: DistillConfig, waits: list[float]) -> Callable[[],
 
 
 if __name__ == "__main__":
-    print(HEADER, *(found.row for found in measure() + measure_large()), sep="\n")  # noqa: T201
+    print(HEADER)  # noqa: T201
+    for measured in (measure, measure_large):
+        print(*(found.row for found in measured()), sep="\n", flush=True)  # noqa: T201
