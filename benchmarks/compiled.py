@@ -32,6 +32,7 @@ def measure(device: torch.device, batch_size: int, num_tokens: int, runs: int = 
         student_kv = torch.randn(shape, device=device, requires_grad=True)
         for name, (mode, loss) in RECIPES.items():
             aligned = AlignedTeacher(view, recipe_aligner(teacher, student, mode)).to(device)
+            torch.compiler.reset()  # else the ninth recipe and all that follow would run as they are
             plain = partial(_loss, aligned, loss, batch)
             timed = {"plain": _timed(plain, student_kv), "compiled": _timed(torch.compile(plain), student_kv)}
             rounds = alternate(timed, runs)
