@@ -26,9 +26,11 @@ from .alignment import FIT_SAMPLES, build_distiller, gram_moments, kv_dataset, t
 from .channel_moments import Moments
 from .config import DistillConfig
 from .distiller import KVDistiller
+from .fields import FieldError
 from .fused_dataset import FusedDataset
 from .matched_stores import MatchedStore
 from .paired_kv import BATCH, paired_kv
+from .student_text import resolve_time_map
 from .training_data import KVDataset
 
 MAX_ROWS = 4096
@@ -40,6 +42,11 @@ def build_fused_distiller(
 ) -> KVDistiller:
     """The student with the teachers of all stores; of one store, as `build_distiller` makes it. `train` are positions
     in the first store. Raises ConfigError or StoreError where recipe, stores and student do not fit together."""
+    if config.segment_ratio is not None and all(
+        resolve_time_map(config.time_map, m.text) == "identity" for m in stores
+    ):
+        expected = "a student whose tokens or texts are not the teacher's: equal ones learn from themselves"
+        raise FieldError("segment_ratio", expected, config.segment_ratio)
     alone: list[KVDistiller] = []
     moments: Moments | None = None
     for matched in stores:

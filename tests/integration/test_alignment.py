@@ -70,6 +70,10 @@ REFUSED: dict[str, tuple[list[object], tuple[str, ...]]] = {
         ["--kv-loss", "structural", "--layer-map", "uniform", "--store", "exact.zarr"],
         ("layer by layer", "found means of several", "--layer-map ratio"),
     ),
+    "a share of equal segments": (
+        ["--time-map", "segment", "--segment-ratio", "reasoning=0.5"],
+        ("segment_ratio: expected a student whose tokens or texts are not the teacher's", "found reasoning=0.5"),
+    ),
     "unequal shapes": (["--mode", "identity"], ("expected 4 KV heads of 32 channels, found 2 of 24", "relation")),
     "map of other shape": (["--layer-map", "wide.json"], ("the layer map does not fit", "2 layers from 0 to 3")),
     "map of other depth": (["--layer-map", "deep.json"], ("the layer map does not fit", "2 rows of 4 numbers")),
