@@ -37,6 +37,7 @@ FINITE = (
 )
 
 SEGMENTS = {segment.name.lower(): int(segment) for segment in Segment if segment != Segment.PADDING}
+"""By name, those that text can be in."""
 
 FUSION_OPTIONS = {
     "fusion_weights": ("fixed",),

@@ -232,7 +232,8 @@ def _detectable_difference(num_seeds: int, family: int) -> float:
 
 @cache
 def _detectable_margin(num_seeds: int, family: int) -> float:
-    """In standard errors: where both one-sided tests reject, if the arms are equal (Julious 2004, eq. 21)."""
+    """In standard errors: where both one-sided tests reject, if the arms are equal. Approximate: the error is taken as
+    known, and each test has half of what may fail."""
     quantile = stats.t(num_seeds - 1).ppf
     return float(quantile(1 - ALPHA / family) + quantile((1 + POWER) / 2))
 
