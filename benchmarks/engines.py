@@ -1,8 +1,9 @@
 """kvpipe's own reading and writing of shards beside the engines that know Zarr: the same files, over kvpipe's seconds.
 
 `python benchmarks/engines.py`. Reading: batches of 16 samples in an order that is shuffled shard by shard, every
-sample asked for as a range of its own. Writing: a shard in one call, padded to whole chunks, of which empty ones are
-left out. kvpipe flushes what it writes, as tensorstore does; zarr-python and zarrs do not.
+sample asked for as a range of its own. Writing: kvpipe from batches of 16 samples, as a teacher leaves them, all others
+a shard in one call, laid out beforehand and padded to whole chunks, of which empty ones are left out. kvpipe flushes
+what it writes, as tensorstore does; zarr-python and zarrs do not.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import tensorstore
 import torch
 import zarr
 from kvpipe.data.batching import ShuffledBatches
+from kvpipe.kvcache.layout import Pairs
 from kvpipe.kvcache.store import KVStore
 from kvpipe.kvcache.writer import ShardWriter
 from peers import BATCH_SIZE, Read, padded, readers
@@ -42,7 +44,8 @@ def measure(shape: Shape) -> list[str]:
         read |= {name: _zarr_reader(store, pipeline) for name, pipeline in ENGINES.items()}
         reading = {name: lambda one=one: seconds(map(one, order)) for name, one in read.items()}
         arrays = [_shard(store, samples, shard) for shard in range(store.num_shards)]
-        writing: dict[str, Callable[[], float]] = {"kvpipe": lambda: _write(store, samples)}
+        batches = list(_batches(store, samples))
+        writing: dict[str, Callable[[], float]] = {"kvpipe": lambda: _write(store, batches)}
         writing["tensorstore"] = lambda: _write_tensorstore(store, arrays)
         writing |= {name: lambda p=pipeline: _write_zarr(store, arrays, p) for name, pipeline in ENGINES.items()}
         return _rows(f"reading, {shape.name}", reading) + _rows(f"writing, {shape.name}", writing)  # type: ignore[arg-type]
@@ -69,13 +72,22 @@ def _shard(store: KVStore, samples: list[Tensor], shard: int) -> np.ndarray[Any,
     return out
 
 
-def _write(store: KVStore, samples: list[Tensor]) -> float:
+def _batches(store: KVStore, samples: list[Tensor]) -> Iterator[tuple[list[int], Pairs]]:
+    """As a teacher leaves them: padded, key and value of every layer."""
+    for shard in range(store.num_shards):
+        members = store.shard_samples(shard)
+        for first in range(members.start, members.stop, BATCH_SIZE):
+            batch = list(range(first, min(first + BATCH_SIZE, members.stop)))
+            kv = padded([samples[index].view(torch.uint16).numpy() for index in batch])
+            yield batch, [(key, value) for key, value in kv]
+
+
+def _write(store: KVStore, batches: list[tuple[list[int], Pairs]]) -> float:
     """The shards once more, in their places."""
-    pairs = [[(key[None], value[None]) for key, value in sample] for sample in samples]
     start = time.perf_counter()
     with ShardWriter(store, range(store.num_shards)) as writer:
-        for index, pair in enumerate(pairs):
-            writer.put([index], pair)
+        for indices, pairs in batches:
+            writer.put(indices, pairs)
     return time.perf_counter() - start
 
 

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from ..pipeline.bench import Bench, Pass
+    from ..pipeline.bench import Bench
+    from ..pipeline.bench_writing import Writing
+    from ..pipeline.timing import Timed
 
 
 def bench(
@@ -17,7 +19,11 @@ def bench(
     ] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", help="Samples in a batch.")] = 16,
 ) -> None:
-    """Measure how fast this machine reads a store: in batches as `distill` does, beside plain reading of its files."""
+    """Measure how fast this machine reads a store, in batches as `distill` does, beside plain reading of its files.
+
+    And how fast it writes shards of it, beside plain writing of as many bytes, both flushed to the disk: into a folder
+    beside the store, removed at the end.
+    """
     from ..pipeline.bench import bench as run
     from ..pipeline.distill import find_store
 
@@ -33,14 +39,23 @@ def _rows(found: Bench) -> dict[str, str]:
         "plain reading": _rate(found, found.plain),
         "shuffled epoch": f"{_rate(found, found.stream)}, {_share(found, found.stream)}",
         "random batches": f"{_rate(found, found.random)}, {_share(found, found.random)}",
+        **_writing_rows(found.writing),
     }
 
 
-def _rate(found: Bench, taken: Pass) -> str:
+def _writing_rows(writing: Writing | None) -> dict[str, str]:
+    if writing is None:
+        return {"writing": "not measured: no place or no room beside the store, or no shard with all of its samples"}
+    plain, shards = (f"{writing.num_bytes / taken.seconds / 1e9:.2f} GB/s" for taken in (writing.plain, writing.shards))
+    share = writing.plain.seconds / writing.shards.seconds
+    return {"plain writing": plain, "writing shards": f"{shards}, {share:.2f} of plain writing"}
+
+
+def _rate(found: Bench, taken: Timed) -> str:
     rate, first = (found.num_bytes / seconds / 1e9 for seconds in (taken.seconds, taken.first_seconds))
     tokens, each = found.tokens / taken.seconds, 1000 * taken.seconds / found.batches
     return f"{rate:.2f} GB/s (first pass {first:.2f}), {tokens:,.0f} tokens/s, {each:.2f} ms a batch"
 
 
-def _share(found: Bench, taken: Pass) -> str:
+def _share(found: Bench, taken: Timed) -> str:
     return f"{found.plain.seconds / taken.seconds:.2f} of plain reading"

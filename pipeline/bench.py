@@ -1,12 +1,14 @@
-"""How fast a store is read, here and now: beside plain reading of its files, the limit of the disk or of its cache."""
+"""How fast a store is read, here and now: beside plain reading of its files, the limit of the disk or of its cache.
+
+And how fast it would be written: see `bench_writing`.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 
 import numpy as np
 from rich.progress import Progress
@@ -15,40 +17,35 @@ from ..data.batching import ShuffledBatches
 from ..kvcache.errors import ConfigError
 from ..kvcache.reader import KVReader
 from ..kvcache.store import KVStore
+from .bench_writing import Writing, bench_writing
 from .compatibility import require_learnable
 from .progress import progress_bar
-
-PASSES = 3
-"""After one that may be the first to bring the files into memory."""
-
-
-@dataclass(frozen=True)
-class Pass:
-    """Seconds of the first pass, and the median of those that followed."""
-
-    first_seconds: float
-    seconds: float
+from .timing import PASSES, Timed, in_turn
 
 
 @dataclass(frozen=True)
 class Bench:
     """`plain` reads the files of the KV, and of the `queries` if there are any, as they lie; `stream` is an epoch as a
     student reads it who needs both; `random` as many batches from anywhere: the same bytes, tokens and batches.
-    `first_batch_seconds` is from opening the store to the first batch of an epoch."""
+    `first_batch_seconds` is from opening the store to the first batch of an epoch; `writing` is None where it cannot be
+    measured."""
 
     num_bytes: int
     queries: bool
     tokens: int
     batches: int
     first_batch_seconds: float
-    plain: Pass
-    stream: Pass
-    random: Pass
+    plain: Timed
+    stream: Timed
+    random: Timed
+    writing: Writing | None
 
 
 def bench(path: Path, batch_size: int, progress: Progress | None = None) -> Bench:
-    """Read a store in three ways. Raises ConfigError for a batch of nothing, StoreError for a store that is damaged,
-    incomplete, or without any KV."""
+    """Read a store in three ways, and write a part of it anew in two.
+
+    Raises ConfigError for a batch of nothing, StoreError for a store that is damaged, incomplete, or without any KV.
+    """
     if batch_size < 1:
         raise ConfigError("no such batch", expected="at least 1", found=batch_size, remedy="Mend --batch-size")
     start = time.perf_counter()
@@ -63,25 +60,12 @@ def bench(path: Path, batch_size: int, progress: Progress | None = None) -> Benc
     anywhere = [drawn[i : i + batch_size].tolist() for i in range(0, len(drawn), batch_size)]
     works = (lambda: _read_plainly(store), lambda: _read(reader, order), lambda: _read(reader, anywhere))
     with progress or progress_bar() as bar:
-        task = bar.add_task("bench", total=len(works) * (PASSES + 1), status="")
-        plain, stream, random = (_timed(work, lambda: bar.advance(task)) for work in works)
+        task = bar.add_task("bench", total=(len(works) + 2) * (PASSES + 1), status="")
+        plain, stream, random = in_turn(works, lambda: bar.advance(task))
+        writing = bench_writing(store, batch_size, lambda: bar.advance(task))
     num_bytes = sum(path.stat().st_size for path in _files(store))
     tokens = int(store.kv_length[samples].sum())
-    return Bench(num_bytes, store.manifest.queries, tokens, len(anywhere), first_batch, plain, stream, random)
-
-
-def _timed(work: Callable[[], None], done: Callable[[], None]) -> Pass:
-    seconds = []
-    for _ in range(PASSES + 1):
-        seconds.append(_seconds(work))
-        done()
-    return Pass(seconds[0], median(seconds[1:]))
-
-
-def _seconds(work: Callable[[], None]) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
+    return Bench(num_bytes, store.manifest.queries, tokens, len(anywhere), first_batch, plain, stream, random, writing)
 
 
 def _read(reader: KVReader, batches: Iterable[Sequence[int]]) -> None:

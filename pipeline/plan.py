@@ -5,11 +5,8 @@ from __future__ import annotations
 import math
 import shutil
 import tempfile
-import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import median
 
 import numpy as np
 import torch
@@ -23,6 +20,7 @@ from .extract_config import ExtractConfig
 from .preparation import Prepared, prepare, sample_table
 from .progress import progress_bar
 from .teacher_pass import capture_samples, plan_batches, plan_windows, run_teacher
+from .timing import in_turn
 
 MEASURED_TOKENS = 8192
 """Enough for a few batches of each kind."""
@@ -88,39 +86,29 @@ def _rates(config: ExtractConfig, prepared: Prepared, bar: Progress) -> tuple[fl
     require_space(config.store, table.stored_bytes(prepared.geometry, config.codec))
     store = new_store(config, prepared, table)
     tokens = int(store.length.sum())
-    forward = _median(lambda: _forward_seconds(store, prepared, config.batch_size))
+    (forward,) = in_turn([lambda: _forward(store, prepared, config.batch_size)])
     report = run_teacher(store, prepared.teacher, config.batch_size, bar)
     reader = KVReader(store)
-    read = _median(lambda: _read_seconds(reader))
-    return tokens / forward, report.teacher_tokens / report.seconds, tokens / read
-
-
-def _median(measure: Callable[[], float]) -> float:
-    """Of three passes after one that warms up memory, kernels and threads."""
-    measure()
-    return median(measure() for _ in range(3))
+    (read,) = in_turn([lambda: _read(reader)])
+    return tokens / forward.seconds, report.teacher_tokens / report.seconds, tokens / read.seconds
 
 
 @torch.inference_mode()
-def _forward_seconds(store: KVStore, prepared: Prepared, batch_size: int | None) -> float:
+def _forward(store: KVStore, prepared: Prepared, batch_size: int | None) -> None:
     device = prepared.teacher.device
     windows, everything = plan_windows(store, batch_size, device), set(range(store.num_shards))
-    start = time.perf_counter()
     for batch in plan_batches(store, windows, batch_size, device, everything):
         capture_samples(store, prepared.teacher, batch)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return time.perf_counter() - start
 
 
-def _read_seconds(reader: KVReader) -> float:
+def _read(reader: KVReader) -> None:
     """All samples that have KV, in batches, as a student reads them who needs all that is there."""
     store = reader.store
     samples = np.setdiff1d(np.arange(store.num_samples), store.excluded)
-    start = time.perf_counter()
     for first in range(0, len(samples), READ_BATCH):
         batch = samples[first : first + READ_BATCH].tolist()
         reader.read(batch)
         if store.manifest.queries:
             reader.read_queries(batch)
-    return time.perf_counter() - start

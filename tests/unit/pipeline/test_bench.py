@@ -29,6 +29,7 @@ def test_every_sample_with_kv_is_read_in_every_pass(make_store: MakeStore, optio
     for taken in (found.plain, found.stream, found.random):
         assert min(taken.first_seconds, taken.seconds) > 0
     assert found.first_batch_seconds > 0
+    assert found.writing is not None
 
 
 def test_a_store_that_cannot_be_read_is_refused(make_store: MakeStore) -> None:
