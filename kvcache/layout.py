@@ -100,3 +100,8 @@ def stack_past_kv(past_key_values: Cache | Iterable[tuple[Any, Any]]) -> KV:
     Gradients flow through. Raises ModelError where layers differ in shape.
     """
     return torch.stack([torch.stack(pair) for pair in layer_pairs(past_key_values)])
+
+
+def token_features(kv: Shaped[Tensor, "*layers B H T D"], mask: Int[Tensor, "B T"]) -> Shaped[Tensor, "*layers N F"]:
+    """One row of H * D features for every real token."""
+    return kv.transpose(-3, -2).flatten(-2)[..., mask.bool(), :]

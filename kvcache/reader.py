@@ -12,7 +12,7 @@ from torch import Tensor
 from .chunk_reader import ChunkReader
 from .errors import StoreError
 from .layout import KV, STORAGE_DTYPES, from_storage, to_storage
-from .part import QUERIES
+from .part import KV_POSITION, QUERIES
 from .recycled import RecycledMemory
 from .store import KVStore
 
@@ -30,6 +30,7 @@ class KVReader:
         self._memory = RecycledMemory()
         self._kv = ChunkReader(store, [name for name in store.parts if name != QUERIES])
         self._queries = ChunkReader(store, [QUERIES]) if QUERIES in store.parts else None
+        self._positions = ChunkReader(store, [KV_POSITION]) if store.evicts else None
 
     def read(self, indices: Sequence[int], num_tokens: int | None = None) -> KV:
         """KV `[L, 2, B, H, T, D]` of the samples at `indices`, in the store's logical dtype.
@@ -48,6 +49,16 @@ class KVReader:
         chunks = self._decoded(indices, lengths, positions)
         kv = self._side_by_side(chunks, 2 * geometry.num_layers, geometry.num_kv_heads, lengths, width)
         return kv.unflatten(0, (geometry.num_layers, 2)), positions
+
+    def read_positions(self, indices: Sequence[int]) -> Int[Tensor, "B T"] | None:
+        """The positions that `read_with_positions` gives, without reading any KV."""
+        if self._positions is None:
+            return None
+        lengths, width = self._lengths(indices, None)
+        positions, blocks = torch.full((len(lengths), width), -1), self._blocks(lengths)
+        for rows, (part,) in self._positions.read(indices, blocks):
+            _place(positions, rows, part, lengths, blocks)
+        return positions
 
     def read_queries(self, indices: Sequence[int], num_tokens: int | None = None) -> Shaped[Tensor, "L B Hq T D"]:
         """The queries of the tokens that `read` gives the KV of, at the same places, times the attention's scale.
@@ -68,7 +79,7 @@ class KVReader:
 
     def close(self) -> None:
         """Close all file handles."""
-        for reader in (self._kv, self._queries):
+        for reader in (self._kv, self._queries, self._positions):
             if reader is not None:
                 reader.close()
 
@@ -88,8 +99,7 @@ class KVReader:
         blocks = self._blocks(lengths)
         for rows, parts in self._kv.read(indices, blocks):
             if positions is not None:
-                for row, stored in zip(rows, parts.pop().split([blocks[row] for row in rows]), strict=True):
-                    positions[row, : lengths[row]] = stored.flatten()[: lengths[row]]
+                _place(positions, rows, parts.pop(), lengths, blocks)
             yield rows, self.store.codec.decode(parts, self.store.dtype).flatten(1, 2)
 
     def _side_by_side(
@@ -114,3 +124,15 @@ class KVReader:
                 out[:, row, :, lengths[row] :] = 0
                 first = last
         return from_storage(out, geometry.dtype)[..., :width, :]
+
+
+def _place(
+    positions: Int[Tensor, "B T"],
+    rows: range,
+    part: Int[Tensor, "N block"],
+    lengths: Sequence[int],
+    blocks: Sequence[int],
+) -> None:
+    """Into `positions`, the stored ones of some rows: token blocks, one after the other."""
+    for row, stored in zip(rows, part.split([blocks[row] for row in rows]), strict=True):
+        positions[row, : lengths[row]] = stored.flatten()[: lengths[row]]

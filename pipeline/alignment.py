@@ -31,12 +31,9 @@ from .distiller import KVDistiller
 from .kv_controls import RandomKV, ShuffledKV
 from .kv_moments import stored_moments, student_moments, teacher_moments
 from .loss_terms import needs_aligner, parse_kv_loss
-from .paired_kv import paired_kv
+from .paired_kv import FIT_SAMPLES, paired_kv
 from .student_text import StudentText, resolve_time_map
 from .training_data import KVDataset
-
-FIT_SAMPLES = 256
-"""Of the training samples, for whatever is computed before training."""
 
 
 def build_distiller(

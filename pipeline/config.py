@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args, get_type_hints
 
 from ..data.errors import DataError
 from ..data.sample import Segment, select_segments
-from ..kvcache.align.aligner import Direction
+from ..kvcache.align.aligner import Direction, Mode
 from ..kvcache.align.closed_form import ClosedForm
 from ..kvcache.align.fusion import FusionName, Granularity, Router
 from ..kvcache.align.head_projection import Start
@@ -22,7 +22,7 @@ from .fields import FieldError, Where, flags, parse_fields, placed
 from .kv_controls import KVControlName
 from .loss_terms import POINTWISE, needs_aligner, needs_queries, parse_kv_loss, weighs_tokens
 
-DistillMode = Literal["structured", "flat", "flat-global", "bottleneck", "identity", "none"]
+DistillMode = Literal[Mode, "none"]
 TimeMapping = Literal["auto", "identity", "span-last", "span-mean", "segment"]
 OnCollapse = Literal["stop", "warn"]
 
@@ -38,6 +38,9 @@ FINITE = (
 
 SEGMENTS = {segment.name.lower(): int(segment) for segment in Segment if segment != Segment.PADDING}
 """By name, those that text can be in."""
+
+STRETCH_OPTIONS = ("segment_ratio", "segment_interpolation")
+"""Of time maps that stretch segments."""
 
 FUSION_OPTIONS = {
     "fusion_weights": ("fixed",),
@@ -144,6 +147,10 @@ class DistillConfig:
         if self.layer_map == "cka" and self.reads_queries:
             expected = f"ratio, skip or last with --kv-loss {self.kv_loss}, which compares attention layer by layer"
             raise FieldError("layer_map", expected, self.layer_map)
+        self._require_projection()
+
+    def _require_projection(self) -> None:
+        """Raise FieldError for options of a projection that do not go together."""
         if self.start == "uniform" and self.direction == "teacher-to-student-frozen":
             raise FieldError("start", "random or closed-form with a frozen direction, which is fitted", self.start)
         if self.mode == "identity" and self.direction != "student-to-teacher":
@@ -166,8 +173,8 @@ class DistillConfig:
 
     def _require_stretch(self) -> None:
         """Raise ConfigError for options of a time map that stretches nothing."""
-        for name in ("segment_ratio", "segment_interpolation"):
-            if not self._is_default(name) and self.time_map not in ("segment", "auto"):
+        for name in STRETCH_OPTIONS:
+            if not self.is_default(name) and self.time_map not in ("segment", "auto"):
                 raise FieldError(name, "it with time_map segment alone", getattr(self, name))
         if not all(0 < share <= 1 for share in self.segment_ratios.values()):
             raise FieldError("segment_ratio", "shares above 0, 1 at most", repr(self.segment_ratio))
@@ -185,7 +192,7 @@ class DistillConfig:
     def _require_fusion(self) -> None:
         """Raise ConfigError for options of a fusion that is another one."""
         for name, fusions in FUSION_OPTIONS.items():
-            if not self._is_default(name) and self.fusion not in fusions:
+            if not self.is_default(name) and self.fusion not in fusions:
                 raise FieldError(name, f"it with --fusion {' or '.join(fusions)} alone", getattr(self, name))
         if self.mode == "none" and (self.fusion != "fixed" or self.fusion_weights is not None):
             raise FieldError("mode", "one that uses KV with a fusion", self.mode)
@@ -199,7 +206,8 @@ class DistillConfig:
         if weights is not None and not (all(0 <= w < math.inf for w in weights) and sum(weights) > 0):
             raise FieldError("fusion_weights", "numbers of 0 or more with a positive sum", self.fusion_weights)
 
-    def _is_default(self, name: str) -> bool:
+    def is_default(self, name: str) -> bool:
+        """Whether an option is what it is where nobody says anything."""
         return bool(getattr(self, name) == type(self).__dataclass_fields__[name].default)
 
     @property
@@ -212,7 +220,7 @@ class DistillConfig:
         self.kv_controls(num_stores)
         if num_stores == 1:
             for name in ("fusion", "fusion_weights"):
-                if not self._is_default(name):
+                if not self.is_default(name):
                     raise FieldError(name, "several stores (--store A --store B) with it", getattr(self, name))
             return
         self.weights_of_stores(num_stores)

@@ -130,7 +130,7 @@ class KVDistiller(nn.Module):
 
     @property
     def projects(self) -> bool:
-        """Whether anything stands between the two sides that could learn in the student's place."""
+        """Whether KV is compared through an aligner."""
         return any(teacher.aligner is not None for teacher in self.teachers)
 
     @property

@@ -10,7 +10,8 @@ import torch.nn.functional as F  # noqa: N812 - the name everybody uses
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.sample import Segment, extract_answer
-from ..kvcache.align.cka import LinearCKA, token_features
+from ..kvcache.align.cka import LinearCKA
+from ..kvcache.layout import token_features
 from ..kvcache.store import KVStore
 from .distiller import KVDistiller
 from .fused_dataset import FusedDataset

@@ -22,14 +22,14 @@ from ..kvcache.align.fusion import (
 )
 from ..kvcache.align.normalisation import Normalisation
 from ..kvcache.errors import ConfigError
-from .alignment import FIT_SAMPLES, build_distiller, gram_moments, kv_dataset, training_dataset
+from .alignment import build_distiller, gram_moments, kv_dataset, training_dataset
 from .channel_moments import Moments
-from .config import DistillConfig
+from .config import STRETCH_OPTIONS, DistillConfig
 from .distiller import KVDistiller
 from .fields import FieldError
 from .fused_dataset import FusedDataset
 from .matched_stores import MatchedStore
-from .paired_kv import BATCH, paired_kv
+from .paired_kv import BATCH, FIT_SAMPLES, paired_kv
 from .student_text import resolve_time_map
 from .training_data import KVDataset
 
@@ -42,11 +42,7 @@ def build_fused_distiller(
 ) -> KVDistiller:
     """The student with the teachers of all stores; of one store, as `build_distiller` makes it. `train` are positions
     in the first store. Raises ConfigError or StoreError where recipe, stores and student do not fit together."""
-    if config.segment_ratio is not None and all(
-        resolve_time_map(config.time_map, m.text) == "identity" for m in stores
-    ):
-        expected = "a student whose tokens or texts are not the teacher's: equal ones learn from themselves"
-        raise FieldError("segment_ratio", expected, config.segment_ratio)
+    _require_stretch(config, stores)
     alone: list[KVDistiller] = []
     moments: Moments | None = None
     for matched in stores:
@@ -59,6 +55,17 @@ def build_fused_distiller(
     fusion = _fusion(config, stores, alone, train)
     teachers = [distiller.teacher for distiller in alone]
     return KVDistiller(student, teachers, alone[0].terms, config.kv_weight, fusion, config.router_entropy)
+
+
+def _require_stretch(config: DistillConfig, stores: Sequence[MatchedStore]) -> None:
+    """Raise FieldError for options of stretching where no text is stretched."""
+    maps = {resolve_time_map(config.time_map, matched.text) for matched in stores}
+    if config.mode == "none" or maps & {"segment", "auto"}:
+        return
+    for name in STRETCH_OPTIONS:
+        if not config.is_default(name):
+            expected = "time_map segment and other tokens, or other texts: equal ones are not stretched"
+            raise FieldError(name, expected, getattr(config, name))
 
 
 def fused_dataset(config: DistillConfig, stores: Sequence[MatchedStore]) -> KVDataset | FusedDataset:

@@ -13,7 +13,7 @@ import torch.nn.functional as F  # noqa: N812 - the name everybody uses
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
-from ..kvcache.align.cka import token_features
+from ..kvcache.layout import token_features
 from .losses import kv_mse, mean_over_tokens, wide
 
 EPSILON = 1e-8

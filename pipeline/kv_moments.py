@@ -9,21 +9,14 @@ import torch
 from .channel_moments import ChannelMoments, Moments
 from .distiller import KVDistiller
 from .kv_controls import TEACHER_TENSORS
-from .paired_kv import paired_kv
+from .paired_kv import FIT_SAMPLES, batches, paired_kv
 from .training_data import KVDataset
-
-MAX_SAMPLES = 256
-"""A channel's moments settle within a few thousand tokens."""
-
-BATCH = 16
 
 
 def teacher_moments(distiller: KVDistiller, dataset: KVDataset, indices: Sequence[int]) -> Moments:
     """Mean and standard deviation of every channel over the compared tokens of the first samples of `indices`."""
-    chosen = [int(index) for index in indices[:MAX_SAMPLES]]
     moments = ChannelMoments()
-    for start in range(0, len(chosen), BATCH):
-        batch = dataset.__getitems__(chosen[start : start + BATCH])
+    for _, batch in batches(dataset, indices[:FIT_SAMPLES]):
         moments.update(*distiller.teacher.teacher_side(batch))
     return moments.value()
 
@@ -31,18 +24,15 @@ def teacher_moments(distiller: KVDistiller, dataset: KVDataset, indices: Sequenc
 def student_moments(distiller: KVDistiller, dataset: KVDataset, indices: Sequence[int]) -> Moments:
     """The same of the student's own KV, as it is now."""
     moments = ChannelMoments()
-    for pair in paired_kv(distiller, dataset, indices[:MAX_SAMPLES]):
+    for pair in paired_kv(distiller, dataset, indices[:FIT_SAMPLES]):
         moments.update(pair.student, pair.mask)
     return moments.value()
 
 
 def stored_moments(dataset: KVDataset, indices: Sequence[int]) -> dict[str, Moments]:
     """The same of `teacher_kv` and `teacher_queries` as the store keeps them, over all tokens that it keeps."""
-    chosen = [int(index) for index in indices[:MAX_SAMPLES]]
     moments: dict[str, ChannelMoments] = {}
-    for start in range(0, len(chosen), BATCH):
-        rows = chosen[start : start + BATCH]
-        batch = dataset.__getitems__(rows)
+    for rows, batch in batches(dataset, indices[:FIT_SAMPLES]):
         for name in (name for name in TEACHER_TENSORS if name in batch):
             kept = torch.arange(batch[name].shape[-2]) < torch.from_numpy(dataset.store.kv_length[rows])[:, None]
             moments.setdefault(name, ChannelMoments()).update(batch[name], kept.int())

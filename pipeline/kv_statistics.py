@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
-from ..kvcache.align.cka import token_features
+from ..kvcache.layout import token_features
 from .monitor import effective_rank
 
 OUTLIER_RATIO = 6.0
@@ -69,7 +69,7 @@ class KVStatistics:
                 kind,
                 float(self._norms[layer, column] / self._count),
                 self._outliers(covariance[layer, column]),
-                effective_rank(_root(covariance[layer, column])),
+                effective_rank(covariance[layer, column]),
             )
             for layer, number in enumerate(numbers)
             for column, kind in enumerate(KINDS)
@@ -80,12 +80,6 @@ class KVStatistics:
         places = torch.nonzero(std > OUTLIER_RATIO * std.quantile(0.5)).flatten().tolist()
         channels = len(std) // self._heads
         return tuple(divmod(place, channels) for place in places)
-
-
-def _root(covariance: Float[Tensor, "F F"]) -> Float[Tensor, "F F"]:
-    """Rows with this covariance, but for their number: what an effective rank is taken of."""
-    values, directions = torch.linalg.eigh(covariance)
-    return values.clamp_min(0).sqrt()[:, None] * directions.mT
 
 
 def finite_tokens(kv: Shaped[Tensor, "L 2 B H T D"], mask: Int[Tensor, "B T"]) -> tuple[Int[Tensor, "B T"], int]:

@@ -66,13 +66,17 @@ def _attention_mse(batch: KVBatch) -> Tensor:
     return kv_mse(*batch.aligned, attention_weights(teacher, batch.teacher_kv[:, 0], batch.mask))
 
 
-POINTWISE: dict[str, Callable[[KVBatch], Tensor]] = {
-    "mse": lambda batch: kv_mse(*batch.aligned, batch.weights),
-    "smooth-l1": lambda batch: kv_smooth_l1(*batch.aligned, batch.weights),
-    "mercator": lambda batch: kv_cosine(*batch.aligned, batch.weights),
-    "magnitude": lambda batch: kv_magnitude(*batch.aligned, batch.weights),
-    "hybrid": lambda batch: kv_hybrid(*batch.aligned, batch.weights),
-    "kava": lambda batch: kv_kava(*batch.aligned, batch.weights),
+def _pointwise(loss: Callable[..., Tensor]) -> Callable[[KVBatch], Tensor]:
+    return lambda batch: loss(*batch.aligned, batch.weights)
+
+
+POINTWISE = {
+    "mse": _pointwise(kv_mse),
+    "smooth-l1": _pointwise(kv_smooth_l1),
+    "mercator": _pointwise(kv_cosine),
+    "magnitude": _pointwise(kv_magnitude),
+    "hybrid": _pointwise(kv_hybrid),
+    "kava": _pointwise(kv_kava),
 }
 """Those that are a mean over tokens, on which several teachers can have weights."""
 

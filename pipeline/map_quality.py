@@ -10,7 +10,7 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from ..kvcache.align.aligner import Aligner, Mode
-from ..kvcache.align.closed_form import GramMoments, Map, head_r2, r2, ridge
+from ..kvcache.align.closed_form import GramMoments, Map, centring, head_r2, mean_squared_error, r2, ridge
 from ..kvcache.align.head_projection import LinearProjection
 from ..kvcache.align.parameter_match import Match, matched_size
 
@@ -74,7 +74,7 @@ def compare_maps(aligner: Aligner, fit: PairedMoments, held_out: PairedMoments) 
     for name, (mode, match) in MAPS.items():
         projection = _nearest(aligner, mode, match, forward)
         weight = projection.matrix()
-        bias = moments.mean_y - (moments.mean_x[..., None, :] @ weight).squeeze(-2)
+        bias = centring(weight, moments)
         size = sum(parameter.numel() for parameter in projection.parameters())
         channels = r2(weight, bias, held_out.to_teacher)
         found.append(_quality(name, size, channels, aligner.config.teacher.num_kv_heads))
@@ -110,6 +110,4 @@ def _quality(name: str, size: int, channels: Float[Tensor, "L 2 G"], heads: int)
 
 
 def _loss(projection: LinearProjection, moments: GramMoments) -> float:
-    """The mean squared error over all channels; those that never vary have none."""
-    unexplained = 1 - r2(projection.matrix(), projection.bias, moments)
-    return float((unexplained * moments.covariance().yy).mean())
+    return float(mean_squared_error(projection.matrix(), projection.bias, moments).mean())

@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ..kvcache.errors import CollapseError
+from ..kvcache.layout import token_features
 
 COLLAPSE_RATIO = 0.1
 """A run has collapsed when its target keeps less than this share of the variance, or of the effective rank, that it
@@ -39,11 +40,12 @@ class TargetHealth:
 
 def target_health(target: Float[Tensor, "L 2 B H T D"], mask: Int[Tensor, "B T"]) -> TargetHealth:
     """Health of one batch's target over its real tokens."""
-    tokens = target.permute(0, 1, 2, 4, 3, 5).flatten(4)[:, :, mask.bool()].flatten(0, 1).float()
+    tokens = token_features(target, mask).flatten(0, 1).float()
     centred = tokens - tokens.mean(1, keepdim=True)
     return TargetHealth(
         variance=float(centred.square().mean()),
-        effective_rank=sum(effective_rank(features) for features in centred) / len(centred),
+        # Through the Gram matrix: a decomposition of [F, F], however many tokens.
+        effective_rank=sum(effective_rank(rows.T @ rows) for rows in centred.double()) / len(centred),
         full_rank=max(1, min(centred.shape[1:])),
     )
 
@@ -62,10 +64,10 @@ def gradient_share(student: nn.Module, kv_loss: Float[Tensor, ""], loss: Float[T
     return norms[0] / max(sum(norms), 1e-12)
 
 
-def effective_rank(centred: Float[Tensor, "N F"]) -> float:
-    """exp of the entropy of the normalised singular values (Roy & Vetterli, 2007): from 1 to min(N, F)."""
-    # Through the Gram matrix: a decomposition of [F, F], however many tokens.
-    singular = torch.linalg.eigvalsh(centred.double().T @ centred.double()).clamp_min(0).sqrt()
+def effective_rank(gram: Float[Tensor, "F F"]) -> float:
+    """exp of the entropy of the normalised singular values (Roy & Vetterli, 2007) of centred rows `[N, F]` whose Gram
+    matrix, or covariance, this is: from 1 to min(N, F)."""
+    singular = torch.linalg.eigvalsh(gram).clamp_min(0).sqrt()
     share = singular / singular.sum().clamp_min(1e-12)
     return float(torch.exp(-(share * share.clamp_min(1e-12).log()).sum()))
 

@@ -29,6 +29,19 @@ from .student_text import StudentText
 from .survey import Side, Similarity, Survey
 from .training_data import KVDataset
 
+PROFILED = (
+    "student",
+    "random_init",
+    "layer_map",
+    "time_map",
+    "segment_ratio",
+    "segment_interpolation",
+    "key_space",
+    "kv_segments",
+    "seed",
+)
+"""What a profile looks at of a recipe: all that is settled before a map is chosen."""
+
 
 @dataclass(frozen=True)
 class Profile:
@@ -60,9 +73,8 @@ class Profile:
 def profile(
     config: DistillConfig, store_path: Path, *, samples: int, device: str = "auto", progress: Progress | None = None
 ) -> Profile:
-    """Look at the first `samples` training samples of a store with the student of a recipe, of which layer map, time
-    map, key space, segments and seed count as well. Raises ConfigError, ModelError or StoreError for what the user can
-    mend."""
+    """Look at the first `samples` training samples of a store with the student of a recipe, of which PROFILED counts.
+    Raises ConfigError, ModelError or StoreError for what the user can mend."""
     resolved = resolve_device(device)
     store = KVStore.open(store_path)
     store.require_complete()
@@ -91,7 +103,7 @@ def profile_student(
     survey = Survey(distillers["flat"], store)
     with progress or progress_bar() as bar:
         passes = sum(-(-len(half) // BATCH) for half in (fit, held_out))
-        task = bar.add_task("profile", total=passes + 3 * (STEPS + 1), status="reading")
+        task = bar.add_task("profile", total=passes + len(distillers) * (STEPS + 1), status="reading")
         for half, moments in ((fit, survey.fit), (held_out, survey.held_out)):
             for pair in paired_kv(survey.distiller, dataset, half):
                 survey.add(pair, moments)
@@ -113,7 +125,7 @@ def _summary(
     chosen: list[int],
     steps: dict[str, StepCost],
 ) -> Profile:
-    store, flat, alignment = dataset.store, distillers["flat"], dataset.coverage(chosen)
+    store, flat, covered = dataset.store, distillers["flat"], dataset.coverage(chosen)
     aligners = {mode: _aligner(distillers[mode]) for mode in ("flat", "structured")}
     return Profile(
         store=str(store.path),
@@ -122,8 +134,8 @@ def _summary(
         held_out_tokens=survey.held_out.to_teacher.count,
         excluded_samples=len(store.excluded),
         random_student=starts_random(config.student, config.random_init),
-        token_coverage=alignment.coverage,
-        one_to_one_share=alignment.one_to_one_share,
+        token_coverage=covered.share,
+        one_to_one_share=covered.one_to_one_share,
         teacher=survey.teacher_side(),
         student=survey.student_side(config.student),
         similarity=survey.similarity(),
@@ -153,7 +165,7 @@ def _distillers(
     config: DistillConfig, store: KVStore, student: PreTrainedModel, text: StudentText, fit: list[int]
 ) -> dict[str, KVDistiller]:
     """As training would start them. The student is the same in all."""
-    config = replace(config, mode="flat", start="random", kv_loss="mse")
+    config = DistillConfig(mode="flat", **{name: getattr(config, name) for name in PROFILED})
     view = build_view(config, store, student, text, fit)
     # By its numbers, so that a map that has to be found is found once.
     whole = view.layer_map.expand(store.manifest.layers, store.manifest.teacher.num_layers)

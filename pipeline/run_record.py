@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..kvcache.align.time_warp import Alignment
+from ..kvcache.align.time_warp import Coverage
 from ..kvcache.store import KVStore
 from .config import DistillConfig
 from .distiller import KVDistiller
@@ -21,17 +21,16 @@ def description(
     distiller: KVDistiller, trainer: DistillTrainer, config: DistillConfig, device: torch.device
 ) -> dict[str, Any]:
     """What ran, on what, and how it went, apart from its metrics and its costs."""
+    learned_beside = _trainable(distiller) - _trainable(distiller.student)
     return {
         "config": config.to_dict(),
         "steps": trainer.state.global_step,
         "tokens": trainer.state.num_input_tokens_seen,
-        "parameters": {
-            "student": _trainable(distiller.student),
-            "aligner": _trainable(distiller) - _trainable(distiller.student),
-        },
+        "parameters": {"student": _trainable(distiller.student), "aligner": learned_beside},
         "collapsed": trainer.monitor.collapsed,
         "kv_gradient_share": trainer.monitor.gradient_share,
-        "absorbed": trainer.monitor.absorbed,
+        # What has nothing to train learns nothing in the student's place.
+        "absorbed": trainer.monitor.absorbed and learned_beside > 0,
         "peak_memory_bytes": _peak_memory(device),
         "teacher_forwards": teacher_forwards(),
         "device": str(device),
@@ -40,7 +39,7 @@ def description(
     }
 
 
-def store_read(store: KVStore, aligned: Alignment | None) -> dict[str, Any]:
+def store_read(store: KVStore, covered: Coverage | None) -> dict[str, Any]:
     """Which store, how much of the teacher's KV it keeps, and how many of the student's tokens have a counterpart in
     it: None where no KV was read."""
     return {
@@ -50,8 +49,8 @@ def store_read(store: KVStore, aligned: Alignment | None) -> dict[str, Any]:
         "lossy": store.lossy,
         "layers": list(store.manifest.layers),
         "tokens_kept": float(store.kv_length.sum() / store.length.sum()),
-        "token_coverage": aligned.coverage if aligned is not None else None,
-        "one_to_one_share": aligned.one_to_one_share if aligned is not None else None,
+        "token_coverage": covered.share if covered is not None else None,
+        "one_to_one_share": covered.one_to_one_share if covered is not None else None,
     }
 
 

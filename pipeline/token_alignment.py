@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Int
 from torch import Tensor
 
-from ..kvcache.align.time_warp import Alignment, SampleMap, TimeMap, coverage, segment_map, span_map
+from ..kvcache.align.time_warp import Coverage, SampleMap, TimeMap, equal_spans, segment_map, span_map
 from ..kvcache.store import KVStore
 from .student_text import StudentText
 
@@ -30,19 +30,23 @@ class TokenAlignment:
         time_map = TimeMap.from_samples([self._sample(int(index)) for index in indices])
         return time_map if positions is None else time_map.restrict(positions)
 
-    def coverage(self, indices: Sequence[int]) -> Alignment:
-        """How many of the student's tokens have a counterpart."""
-        return sum((coverage(self._sample(index), *self._spans(index)) for index in indices), Alignment())
+    def coverage(self, index: int, positions: Int[Tensor, "1 K"] | None) -> Coverage:
+        """How many of the student's tokens of one sample have a counterpart. None of those that are stretched pair one
+        to one."""
+        covered = self.of([index], positions).mask[0].bool().numpy()
+        paired = covered & equal_spans(*self._spans(index)) & (not self._stretches(index))
+        return Coverage(len(covered), int(covered.sum()), int(paired.sum()))
 
     def _sample(self, index: int) -> SampleMap:
-        if self._time_map == "segment" or self._has_other_text(index):
+        if self._stretches(index):
             own, teachers = self._text.segment_ids[index], self._store.segment_ids[index]
             return self._stretch(own[: self._text.length[index]], teachers[: self._store.length[index]])
         reduce: Reduce = "mean" if self._time_map == "span-mean" else "last"
         return span_map(*self._spans(index), reduce)
 
-    def _has_other_text(self, index: int) -> bool:
-        return self._text.other_text is not None and bool(self._text.other_text[index])
+    def _stretches(self, index: int) -> bool:
+        other_text = self._text.other_text is not None and bool(self._text.other_text[index])
+        return self._time_map == "segment" or other_text
 
     def _spans(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         own = self._text.spans if self._text.spans is not None else self._store.spans

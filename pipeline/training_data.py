@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..data.sample import Segment
-from ..kvcache.align.time_warp import Alignment, SampleMap, segment_map
+from ..kvcache.align.time_warp import Coverage, SampleMap, segment_map
 from ..kvcache.reader import KVReader
 from ..kvcache.store import KVStore
 from .kv_controls import KVControl
@@ -57,14 +57,16 @@ class KVDataset(Dataset[Batch]):
         self.segments = segments
         self.control = control
 
-    def coverage(self, indices: Sequence[int]) -> Alignment:
-        """How many of the student's tokens have a counterpart whose KV is stored."""
+    def coverage(self, indices: Sequence[int]) -> Coverage:
+        """How many of the student's tokens have a counterpart whose KV is stored. Only of a dataset `with_kv`."""
+        assert self.reader is not None
         if self.alignment is not None:
-            return self.alignment.coverage(indices)
+            found = (self.alignment.coverage(index, self.reader.read_positions([index])) for index in indices)
+            return sum(found, Coverage())
         # Equal tokens pair one to one.
         rows = np.asarray(indices)
         kept = int(self.store.kv_length[rows].sum())
-        return Alignment(int(self.text.length[rows].sum()), kept, kept)
+        return Coverage(int(self.text.length[rows].sum()), kept, kept)
 
     def __len__(self) -> int:
         return self.store.num_samples

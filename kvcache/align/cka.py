@@ -6,6 +6,8 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
+from ..layout import token_features
+
 
 class LinearCKA:
     """Linear CKA (Kornblith et al., 2019) of two sets of features, streamed over batches of tokens."""
@@ -103,8 +105,3 @@ class _Side:
         centred = self.products - self.sums[..., :, None] * self.sums[..., None, :] / count
         norm = centred.norm(dim=(2, 3))
         return torch.where(norm > 1e-10 * self.products.norm(dim=(2, 3)), norm, 0)
-
-
-def token_features(kv: Shaped[Tensor, "*layers B H T D"], mask: Int[Tensor, "B T"]) -> Shaped[Tensor, "*layers N F"]:
-    """One row of H * D features for every real token."""
-    return kv.transpose(-3, -2).flatten(-2)[..., mask.bool(), :]

@@ -10,7 +10,7 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .cka import token_features
+from ..layout import token_features
 
 ClosedForm = Literal["ridge", "procrustes", "pca"]
 
@@ -99,7 +99,7 @@ def ridge(moments: GramMoments, alpha: float = RIDGE_ALPHA) -> Map:
     penalised = values.clamp_min(0) + alpha * values.mean(dim=-1, keepdim=True).clamp_min(0)
     inverse = torch.where(penalised > found.floor_x[..., None], 1 / penalised, 0)
     weight = directions @ (inverse[..., None] * (directions.mT @ found.xy))
-    return weight, _centring(weight, found)
+    return weight, centring(weight, found)
 
 
 def procrustes(moments: GramMoments) -> Map:
@@ -108,7 +108,7 @@ def procrustes(moments: GramMoments) -> Map:
     found = moments.covariance()
     left, _, right = torch.linalg.svd(found.xy, full_matrices=False)
     weight = left @ right
-    return weight, _centring(weight, found)
+    return weight, centring(weight, found)
 
 
 def pca(moments: GramMoments, rank: int) -> Map:
@@ -133,10 +133,24 @@ def r2(weight: Float[Tensor, "L 2 F G"], bias: Float[Tensor, "L 2 G"], moments: 
     """The share of each output's variance that a map explains, on the tokens of the moments, be they those it was
     fitted to or others: 1 at best, 0 for their mean, and below for worse. 0 for outputs that do not vary."""
     found = moments.covariance()
+    return torch.where(found.yy > found.floor_y, _explained(weight, bias, found) / found.yy, 0)
+
+
+def mean_squared_error(
+    weight: Float[Tensor, "L 2 F G"], bias: Float[Tensor, "L 2 G"], moments: GramMoments
+) -> Float[Tensor, "L 2 G"]:
+    """Of a map's outputs on the tokens of the moments."""
+    found = moments.covariance()
+    return found.yy - _explained(weight, bias, found)
+
+
+def _explained(
+    weight: Float[Tensor, "L 2 F G"], bias: Float[Tensor, "L 2 G"], found: Covariance
+) -> Float[Tensor, "L 2 G"]:
+    """By how much a map's mean squared error is less than the variance of y."""
     weight = weight.double()
     offset = found.mean_y - _mapped(found.mean_x, weight) - bias
-    explained = 2 * (weight * found.xy).sum(dim=-2) - (weight * (found.xx @ weight)).sum(dim=-2)
-    return torch.where(found.yy > found.floor_y, (explained - offset.square()) / found.yy, 0)
+    return 2 * (weight * found.xy).sum(dim=-2) - (weight * (found.xx @ weight)).sum(dim=-2) - offset.square()
 
 
 def head_r2(channels: Float[Tensor, "L 2 G"], num_heads: int) -> Float[Tensor, "L 2 H"]:
@@ -175,6 +189,6 @@ def _mapped(mean: Float[Tensor, "L 2 F"], weight: Float[Tensor, "L 2 F G"]) -> F
     return (mean[..., None, :] @ weight).squeeze(-2)
 
 
-def _centring(weight: Float[Tensor, "L 2 F G"], found: Covariance) -> Float[Tensor, "L 2 G"]:
+def centring(weight: Float[Tensor, "L 2 F G"], found: Covariance) -> Float[Tensor, "L 2 G"]:
     """The bias that takes the mean of x to that of y."""
     return found.mean_y - _mapped(found.mean_x, weight)

@@ -16,7 +16,6 @@ from jaxtyping import Float, Int, Shaped
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..errors import ConfigError
 from ..layout import take_tokens
 
 Interpolation = Literal["linear", "nearest"]
@@ -46,9 +45,7 @@ class TimeMap:
         weight = np.zeros(index.shape, np.float32)
         for row, sample in enumerate(samples):
             length, own_width = sample.index.shape
-            # Places of no weight repeat one that has: no token is looked at that is not asked for.
             index[row, :length, :own_width] = sample.index
-            index[row, :length, own_width:] = sample.index[:, -1:]
             weight[row, :length, :own_width] = sample.weight
         return cls(torch.from_numpy(index), torch.from_numpy(weight))
 
@@ -60,11 +57,15 @@ class TimeMap:
     def warp(self, kv: Shaped[Tensor, "L 2 B H Tt D"]) -> Shaped[Tensor, "L 2 B H T D"]:
         """The teacher's KV on the student's tokens, 0 where these have no counterpart; in the dtype of `kv`, summed in
         float32 at least. With K = 1 tokens are taken as they are, to the bit."""
-        warped = take_tokens(kv, self.index[:, :, 0]) * self.weight[:, None, :, :1]
+        warped = self._weighted(kv, 0)
         for k in range(1, self.index.shape[2]):
-            warped = warped + take_tokens(kv, self.index[:, :, k]) * self.weight[:, None, :, k : k + 1]
+            warped = warped + self._weighted(kv, k)
+        return warped.to(kv.dtype)
+
+    def _weighted(self, kv: Shaped[Tensor, "L 2 B H Tt D"], k: int) -> Shaped[Tensor, "L 2 B H T D"]:
+        weight = self.weight[:, None, :, k : k + 1]
         # Zero times an infinite value is no zero.
-        return warped.masked_fill(self.mask[:, None, :, None] == 0, 0).to(kv.dtype)
+        return torch.where(weight == 0, 0, take_tokens(kv, self.index[:, :, k]) * weight)
 
     def restrict(self, positions: Int[Tensor, "B Kt"]) -> TimeMap:
         """The same map into a teacher's KV of which only the tokens at these positions are kept (sorted, -1 past the
@@ -150,15 +151,9 @@ def segment_map(
     """Texts that differ, segment by segment: each student segment is stretched over the teacher's, ends on ends.
 
     A student's only token of a segment takes the teacher's last, which has read all of it. `ratio` limits a segment, by
-    its id, to a first share of the teacher's tokens, at least one. Padding is negative. Raises ConfigError for a share
-    outside of (0, 1].
+    its id, to a first share, above 0 and 1 at most, of the teacher's tokens, at least one. Padding is negative.
     """
     ratio = ratio or {}
-    for share in ratio.values():
-        if not 0 < share <= 1:
-            raise ConfigError(
-                "no such share of a segment", expected="more than 0, 1 at most", found=share, remedy="Mend the ratio"
-            )
     index = np.zeros((len(student_segments), 2 if interpolation == "linear" else 1), np.int64)
     weight = np.zeros(index.shape, np.float32)
     for segment in np.unique(student_segments[student_segments >= 0]).tolist():
@@ -183,7 +178,7 @@ def _stretch(n: int, m: int, interpolation: str) -> tuple[NDArray[np.int64], NDA
 
 
 @dataclass(frozen=True)
-class Alignment:
+class Coverage:
     """How many student tokens there are, how many of them have a counterpart, and how many pair with one of the very
     same characters. Adds up over samples."""
 
@@ -191,11 +186,11 @@ class Alignment:
     covered: int = 0
     one_to_one: int = 0
 
-    def __add__(self, other: Alignment) -> Alignment:
-        return Alignment(self.tokens + other.tokens, self.covered + other.covered, self.one_to_one + other.one_to_one)
+    def __add__(self, other: Coverage) -> Coverage:
+        return Coverage(self.tokens + other.tokens, self.covered + other.covered, self.one_to_one + other.one_to_one)
 
     @property
-    def coverage(self) -> float:
+    def share(self) -> float:
         """Share of the student's tokens that have a counterpart."""
         return self.covered / max(self.tokens, 1)
 
@@ -205,8 +200,7 @@ class Alignment:
         return self.one_to_one / max(self.tokens, 1)
 
 
-def coverage(sample: SampleMap, student_spans: NDArray[np.int32], teacher_spans: NDArray[np.int32]) -> Alignment:
-    """What one sample's map found. Tokens with the same characters pair where they are as many on both sides."""
+def equal_spans(student_spans: NDArray[np.int32], teacher_spans: NDArray[np.int32]) -> NDArray[np.bool_]:
+    """Which student tokens have a counterpart of the very same characters: there are as many of these on both sides."""
     _, same, _, twins = _same_span(student_spans, teacher_spans)
-    covered = (sample.weight != 0).any(axis=1)
-    return Alignment(len(student_spans), int(covered.sum()), int((covered & (same == twins)).sum()))
+    return same == twins

@@ -12,6 +12,7 @@ import pytest
 import torch
 from kvpipe.data.word_problems import generate
 from kvpipe.kvcache.align.aligner import Aligner
+from kvpipe.pipeline.monitor import ABSORBED_SHARE
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
@@ -72,7 +73,15 @@ REFUSED: dict[str, tuple[list[object], tuple[str, ...]]] = {
     ),
     "a share of equal segments": (
         ["--time-map", "segment", "--segment-ratio", "reasoning=0.5"],
-        ("segment_ratio: expected a student whose tokens or texts are not the teacher's", "found reasoning=0.5"),
+        ("segment_ratio: expected time_map segment and other tokens, or other texts", "found reasoning=0.5"),
+    ),
+    "equal segments, and the nearest token": (
+        ["--time-map", "segment", "--segment-interpolation", "nearest"],
+        ("segment_interpolation: expected time_map segment and other tokens", "found nearest"),
+    ),
+    "a share where nothing is stretched": (
+        [*OTHER, "--segment-ratio", "reasoning=0.5"],
+        ("segment_ratio: expected time_map segment and other tokens", "found reasoning=0.5"),
     ),
     "unequal shapes": (["--mode", "identity"], ("expected 4 KV heads of 32 channels, found 2 of 24", "relation")),
     "map of other shape": (["--layer-map", "wide.json"], ("the layer map does not fit", "2 layers from 0 to 3")),
@@ -211,6 +220,13 @@ def test_a_student_that_is_the_teacher_agrees_with_it(record_of: Any, key_space:
         assert metrics[f"cka_{kind}"] == pytest.approx(1, abs=1e-5)
 
 
+def test_what_has_nothing_to_train_absorbs_nothing(record_of: Any) -> None:
+    record = record_of("teacher pre-rope")
+    assert record["parameters"]["aligner"] == 0
+    assert record["kv_gradient_share"] < ABSORBED_SHARE, "there is nothing to learn from oneself"
+    assert not record["absorbed"]
+
+
 def test_shuffling_is_for_training_alone(workplace: Path, record_of: Any) -> None:
     """A student that is the teacher sees it at once; what it is held against afterwards is not shuffled."""
     losses = {}
@@ -223,7 +239,10 @@ def test_shuffling_is_for_training_alone(workplace: Path, record_of: Any) -> Non
 
 
 def test_evicted_tokens_and_chosen_segments_leave_less_to_compare(record_of: Any) -> None:
-    assert record_of("other evicted")["stores"][0]["tokens_kept"] == pytest.approx(0.5, abs=0.05)
+    (evicted,), (whole,) = (record_of(name)["stores"] for name in ("other evicted", "auto"))
+    assert evicted["tokens_kept"] == pytest.approx(0.5, abs=0.05)
+    assert evicted["token_coverage"] < 0.8 * whole["token_coverage"]
+    assert evicted["one_to_one_share"] < whole["one_to_one_share"]
     found = {record_of(name)["metrics"]["nmse_key"] for name in ("other evicted", "other evicted segments", "auto")}
     assert len(found) == 3
 

@@ -87,6 +87,17 @@ def test_a_plain_zarr_user_can_decode_integers(make_store: MakeStore) -> None:
     assert np.allclose(np.stack([key, value], axis=1), expected.numpy(), rtol=2**-7, atol=1e-5)
 
 
+def test_positions_are_read_without_the_kv(make_store: MakeStore) -> None:
+    store, _ = make_store([7, 64, 40, 2], kept=[3, 32, 1, 1])
+    expected = KVReader(store).read_with_positions([1, 0, 3])[1]
+    for shard in range(store.num_shards):
+        store.shard_path(shard).write_bytes(bytes(store.shard_path(shard).stat().st_size))
+    found = KVReader(store).read_positions([1, 0, 3])
+    assert expected is not None
+    assert torch.equal(found, expected)
+    assert KVReader(make_store([7])[0]).read_positions([0]) is None
+
+
 def test_what_was_read_stays_as_it_is(source: tuple[KVStore, Tensor]) -> None:
     """The reader reuses its buffers; what it hands out is the caller's."""
     store, kv = source

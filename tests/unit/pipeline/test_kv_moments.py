@@ -12,6 +12,7 @@ from kvpipe.kvcache.align.layer_map import LayerMap, layer_map
 from kvpipe.kvcache.align.teacher_view import TeacherView
 from kvpipe.kvcache.store import KVStore
 from kvpipe.pipeline import kv_moments as module
+from kvpipe.pipeline import paired_kv as paired
 from kvpipe.pipeline.aligned_teacher import AlignedTeacher
 from kvpipe.pipeline.distiller import KVDistiller
 from kvpipe.pipeline.kv_moments import teacher_moments
@@ -45,7 +46,7 @@ def test_moments_are_those_of_the_unpadded_tokens(
     dtype: torch.dtype,
     batch_size: int,
 ) -> None:
-    monkeypatch.setattr(module, "BATCH", batch_size)
+    monkeypatch.setattr(paired, "BATCH", batch_size)
     store, kv = make_segmented_store(LENGTHS, dtype=dtype)
     mean, std = teacher_moments(distiller, KVDataset(store, with_kv=True), range(10))
     tokens = np.concatenate([sample.double().numpy() for sample in kv], axis=3)
@@ -63,7 +64,7 @@ def test_whoever_looks_at_one_batch_alone_leaves_the_student_as_it_was(stored: S
 def test_moments_read_the_first_samples_only(
     stored: Stored, distiller: KVDistiller, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "MAX_SAMPLES", 2)
+    monkeypatch.setattr(module, "FIT_SAMPLES", 2)
     store, kv = stored
     mean, _ = teacher_moments(distiller, KVDataset(store, with_kv=True), [4, 6, 0, 1])
     tokens = torch.cat([kv[4], kv[6]], dim=3).double()

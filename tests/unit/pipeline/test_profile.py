@@ -208,6 +208,22 @@ def test_the_loss_at_the_start_is_that_of_training(
     assert (found.random if start == "random" else found.closed_form) == pytest.approx(loss, rel=1e-3)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"mode": "structured", "share_layers": True, "share_dim_proj": False},
+        {"mode": "flat", "direction": "teacher-to-student-frozen", "closed_form": "procrustes"},
+        {"mode": "identity", "kv_loss": "relation"},
+        {"mode": "none"},
+    ],
+)
+def test_a_profile_is_of_what_is_settled_before_a_map_is_chosen(
+    pair: tuple[KVStore, Any], make_model: MakeModel, changes: dict[str, Any]
+) -> None:
+    plain, found = look(pair[0], make_model()), look(pair[0], make_model(), **changes)
+    assert replace(found, steps={}) == replace(plain, steps={})
+
+
 @pytest.mark.parametrize("changes", [{"layer_map": "cka"}, {"key_space": "pre-rope"}, {"kv_segments": "answer"}])
 def test_a_profile_follows_the_recipe(
     pair: tuple[KVStore, Any], make_model: MakeModel, changes: dict[str, str]

@@ -13,7 +13,7 @@ import pytest
 import torch
 from kvpipe.data.sample import Sample, Segment
 from kvpipe.data.word_problems import generate
-from kvpipe.kvcache.align.time_warp import TimeMap, coverage, segment_map, span_map
+from kvpipe.kvcache.align.time_warp import Coverage, TimeMap, equal_spans, segment_map, span_map
 from kvpipe.kvcache.errors import ConfigError
 from kvpipe.kvcache.store import KVStore
 from kvpipe.pipeline.extract import extract
@@ -223,15 +223,35 @@ def test_of_a_store_that_evicts_only_what_is_kept_is_looked_at(whole: KVStore, t
 def test_coverage_adds_up_over_samples(cut: KVStore, tokenizer: PreTrainedTokenizerFast) -> None:
     text = own_tokens(cut, tokenizer)
     assert text.spans is not None
-    found = TokenAlignment(cut, text, "span-mean").coverage([1, 8, 9])
-    parts = []
+    found = KVDataset(cut, text, with_kv=True, time_map="span-mean").coverage([1, 8, 9])
+    expected = Coverage()
     for index in (1, 8, 9):
         spans = text.spans[index, : text.length[index]], cut.spans[index, : cut.length[index]]
-        parts.append(coverage(span_map(*spans, "mean"), *spans))
-    assert found == parts[0] + parts[1] + parts[2]
+        covered = (span_map(*spans, "mean").weight != 0).any(axis=1)
+        pairs = covered & equal_spans(*spans)
+        expected += Coverage(len(covered), int(covered.sum()), int(pairs.sum()))
+    assert found == expected
     assert found.tokens == text.length[[1, 8, 9]].sum()
     assert found.tokens - found.covered == 3, "the tokens before each text, which the teacher has none of"
     assert 0 < found.one_to_one_share < 1
+
+
+@pytest.mark.parametrize("time_map", ["span-last", "span-mean", "segment"])
+def test_what_is_evicted_covers_nothing(whole: KVStore, tokenizer: Any, time_map: str) -> None:
+    alignment, positions = TokenAlignment(whole, own_tokens(whole, tokenizer), time_map), torch.tensor([[0, 2, 5, 6]])
+    everything, kept = alignment.coverage(0, None), alignment.coverage(0, positions)
+    assert kept.tokens == everything.tokens
+    assert kept.covered == int(alignment.of([0], positions).mask.sum()) < everything.covered
+    assert kept.one_to_one <= min(kept.covered, everything.one_to_one)
+
+
+def test_what_is_stretched_pairs_with_nothing_one_to_one(whole: KVStore, tokenizer: Any) -> None:
+    text, other = own_tokens(whole, tokenizer), np.zeros(whole.num_samples, bool)
+    other[3] = True
+    assert TokenAlignment(whole, text, "segment").coverage(0, None).one_to_one == 0
+    alignment = TokenAlignment(whole, replace(text, other_text=other), "auto")
+    assert alignment.coverage(0, None).one_to_one > 0
+    assert alignment.coverage(3, None).one_to_one == 0 < alignment.coverage(3, None).covered
 
 
 def test_a_batch_is_in_the_students_tokens_and_the_teachers_kv(whole: KVStore, tokenizer: Any) -> None:

@@ -9,7 +9,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from kvpipe.kvcache.align.cka import CKAMatrix, LinearCKA, token_features
+from kvpipe.kvcache.align.cka import CKAMatrix, LinearCKA
+from kvpipe.kvcache.layout import token_features
 from torch import Tensor
 
 STUDENT, TEACHER = (2, 3, 4), (3, 2, 5)

@@ -9,17 +9,18 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from kvpipe.kvcache.align.cka import token_features
 from kvpipe.kvcache.align.closed_form import (
     RIDGE_ALPHA,
     GramMoments,
     closed_form,
     head_r2,
+    mean_squared_error,
     pca,
     procrustes,
     r2,
     ridge,
 )
+from kvpipe.kvcache.layout import token_features
 from torch import Tensor
 
 LAYERS, SAMPLES, TOKENS = 2, 6, 20
@@ -63,6 +64,22 @@ def least_squares(x: Tensor, y: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
     target = torch.cat([y - mean_y, torch.zeros(x.shape[1], y.shape[1]).double()])
     weight = torch.linalg.lstsq(stacked, target, driver="gelsd").solution
     return weight, mean_y - mean_x @ weight
+
+
+@pytest.mark.parametrize("constant", [False, True])
+def test_the_mean_squared_error_is_that_of_the_tokens(constant: bool) -> None:
+    """Also of an output that never varies, whose R2 says nothing."""
+    x, y, mask = pair()
+    if constant:
+        y[..., 0] = 7.0
+    generator = torch.Generator().manual_seed(1)
+    features = [side.shape[3] * side.shape[5] for side in (x, y)]
+    weight = torch.randn(LAYERS, 2, *features, generator=generator).double()
+    bias = torch.randn(LAYERS, 2, features[1], generator=generator).double()
+    found = mean_squared_error(weight, bias, moments_of(x, y, mask))
+    for layer, kind in EACH:
+        wrong = rows(x, mask, layer, kind) @ weight[layer, kind] + bias[layer, kind] - rows(y, mask, layer, kind)
+        torch.testing.assert_close(found[layer, kind], wrong.square().mean(0))
 
 
 @pytest.mark.parametrize("alpha", [0.0, 1e-3, 1.0])

@@ -12,8 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from kvpipe.data.sample import Sample
 from kvpipe.data.tokenize import tokenize
-from kvpipe.kvcache.align.time_warp import Alignment, SampleMap, TimeMap, coverage, segment_map, span_map
-from kvpipe.kvcache.errors import ConfigError
+from kvpipe.kvcache.align.time_warp import Coverage, SampleMap, TimeMap, equal_spans, segment_map, span_map
 from kvpipe.kvcache.layout import take_tokens
 from numpy.typing import NDArray
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -308,12 +307,6 @@ def test_a_ratio_leaves_the_rest_of_a_segment_out() -> None:
     assert found.index[:, 0].tolist() == [0, 0, 10, 19]
 
 
-@pytest.mark.parametrize("share", [0.0, -1.0, 1.5, float("nan")])
-def test_a_ratio_that_makes_no_sense_is_refused(share: float) -> None:
-    with pytest.raises(ConfigError, match=f"expected more than 0, 1 at most, found {share}"):
-        segment_map(np.zeros(2, np.int8), np.zeros(2, np.int8), ratio={0: share})
-
-
 # ---------------------------------------------------------------------- batches and KV
 
 
@@ -382,6 +375,13 @@ def test_tokens_without_counterpart_are_zero_whatever_stands_there() -> None:
     assert torch.equal(warped[:, :, :, :, 1], kv[:, :, :, :, 1])
 
 
+def test_what_was_evicted_leaves_no_trace_of_what_stands_in_its_place() -> None:
+    kv = make_kv(1, 3)
+    kv[:, :, :, :, 0] = torch.inf
+    half = TimeMap(torch.tensor([[[4, 7]]]), torch.tensor([[[0.5, 0.5]]])).restrict(torch.tensor([[1, 4, 9]]))
+    assert torch.equal(half.warp(kv)[:, :, :, :, 0], kv[:, :, :, :, 1])
+
+
 @given(BATCHES, st.randoms())
 def test_permuting_the_batch_permutes_what_comes_out(samples: list[SampleMap], random: Any) -> None:
     order = list(range(len(samples)))
@@ -446,18 +446,24 @@ def test_a_teacher_that_keeps_every_token_changes_nothing(samples: list[SampleMa
 # ---------------------------------------------------------------------- coverage
 
 
-def test_coverage_counts_counterparts_and_equal_tokens() -> None:
+def test_tokens_that_are_cut_alike_pair_one_to_one() -> None:
     student, teacher = spans_of("a201b", byte_level("2 0", "20 1", bos=True)), spans_of("a201b", DIGITS, max_tokens=5)
-    found = coverage(span_map(student, teacher), student, teacher)
-    # BOS and EOS have none; of a, 201 and b the middle one is cut otherwise.
-    assert found == Alignment(tokens=5, covered=3, one_to_one=2)
-    assert (found.coverage, found.one_to_one_share) == (0.6, 0.4)
-    assert found + Alignment(5, 5, 5) == Alignment(10, 8, 7)
-    assert sum([found, found], Alignment()).coverage == 0.6
-    assert Alignment().coverage == Alignment().one_to_one_share == 0
+    # BOS and EOS have no counterpart; of a, 201 and b the middle one is cut otherwise.
+    covered = (span_map(student, teacher).weight != 0).any(axis=1)
+    assert covered.tolist() == [False, True, True, True, False]
+    assert (covered & equal_spans(student, teacher)).tolist() == [False, True, False, True, False]
+
+
+def test_coverage_adds_up() -> None:
+    found = Coverage(tokens=5, covered=3, one_to_one=2)
+    assert (found.share, found.one_to_one_share) == (0.6, 0.4)
+    assert found + Coverage(5, 5, 5) == Coverage(10, 8, 7)
+    assert sum([found, found], Coverage()).share == 0.6
+    assert Coverage().share == Coverage().one_to_one_share == 0
 
 
 @given(TEXT)
 def test_equal_tokens_are_covered_one_to_one(text: str) -> None:
     spans = spans_of(text, byte_fallback("a"))
-    assert coverage(span_map(spans, spans), spans, spans) == Alignment(len(spans), len(spans), len(spans))
+    assert (span_map(spans, spans).weight != 0).any(axis=1).all()
+    assert equal_spans(spans, spans).all()
