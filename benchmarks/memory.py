@@ -16,7 +16,7 @@ from pathlib import Path
 from side_by_side import HEADER, Ratio, of_values, quiet
 
 FEW, MANY = 1_000, 50_000
-RUNS = 3
+RUNS = 2
 
 
 def measure(runs: int = RUNS) -> list[Ratio]:

@@ -142,12 +142,11 @@ LAYER_MAPS: dict[str, Callable[[int, int], LayerMap]] = {
 
 
 def layer_map(name: str, num_student_layers: int, num_teacher_layers: int) -> LayerMap:
-    """The map of `LAYER_MAPS` with this name, that of a `.json` file, or that of such a file's text. Raises ConfigError
-    for anything else."""
-    if name.endswith(".json"):
-        return read_layer_map(Path(name), num_student_layers, num_teacher_layers)
-    if name.startswith("{"):
-        return _fitting(_parse_json(name, "the layer map"), "the layer map", num_student_layers, num_teacher_layers)
+    """The map of `LAYER_MAPS` with this name, that of a `.json` file, or that of such a file's text:
+    `{"weights": [[...], ...]}`, or `{"layers": [1, 3]}` with one teacher layer each. Raises ConfigError for anything
+    else, and for a map between models of other depths."""
+    if (found := _document(name)) is not None:
+        return _fitting(*found, num_student_layers, num_teacher_layers)
     if name not in LAYER_MAPS:
         raise _refuse("no such layer map", f"{', '.join(LAYER_MAPS)}, cka or a .json file", name)
     return LAYER_MAPS[name](num_student_layers, num_teacher_layers)
@@ -156,12 +155,10 @@ def layer_map(name: str, num_student_layers: int, num_teacher_layers: int) -> La
 def layer_map_text(name: str) -> str:
     """A name of `layer_map` that depends on no file: of a `.json` file its text, on one line. Raises ConfigError where
     there is no such file, or no map of any depths in it."""
-    if not name.endswith(".json") and not name.startswith("{"):
+    if (found := _document(name)) is None:
         return name
-    where = name if name.endswith(".json") else "the layer map"
-    document = _read_json(Path(name)) if name.endswith(".json") else _parse_json(name, where)
-    _require_map(document, where)
-    return json.dumps(document, separators=(",", ":"))
+    _require_map(*found)
+    return json.dumps(found[0], separators=(",", ":"))
 
 
 def cka_map(similarity: Float[Tensor, "Ls Lt"], top_k: int = 2, temperature: float = 0.1) -> LayerMap:
@@ -174,16 +171,15 @@ def cka_map(similarity: Float[Tensor, "Ls Lt"], top_k: int = 2, temperature: flo
 
 
 def write_layer_map(layers: LayerMap, path: Path) -> None:
-    """Write a map as JSON that `read_layer_map` gives back number by number."""
+    """Write a map as a JSON file that `layer_map` gives back number by number."""
     write_atomic(path, (json.dumps({"weights": layers.weights}) + "\n").encode())
 
 
-def read_layer_map(path: Path, num_student_layers: int, num_teacher_layers: int) -> LayerMap:
-    """The map in a JSON file: `{"weights": [[...], ...]}`, or `{"layers": [1, 3]}` with one teacher layer each.
-
-    Raises ConfigError for anything else, and for a map between models of other depths.
-    """
-    return _fitting(_read_json(path), str(path), num_student_layers, num_teacher_layers)
+def _document(name: str) -> tuple[Any, str] | None:
+    """What stands in a `.json` file, or in the text of one, and what errors call it; None for other names."""
+    if name.endswith(".json"):
+        return _read_json(Path(name)), name
+    return (_parse_json(name, "the layer map"), "the layer map") if name.startswith("{") else None
 
 
 def _require_map(document: Any, where: str) -> None:

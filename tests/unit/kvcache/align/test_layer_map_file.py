@@ -15,7 +15,6 @@ from kvpipe.kvcache.align.layer_map import (
     LayerMap,
     cka_map,
     layer_map,
-    read_layer_map,
     write_layer_map,
 )
 from kvpipe.kvcache.errors import ConfigError
@@ -30,13 +29,13 @@ def test_a_written_map_is_read_back_number_by_number(student: int, teacher: int,
         similarity = torch.rand(student, teacher, generator=torch.Generator().manual_seed(seed))
         for written in (cka_map(similarity, top_k=3), layer_map("uniform", student, teacher)):
             write_layer_map(written, path)
-            assert read_layer_map(path, student, teacher) == written
+            assert layer_map(str(path), student, teacher) == written
 
 
 def test_a_file_may_name_one_layer_each(tmp_path: Path) -> None:
     path = tmp_path / "map.json"
     path.write_text('{"layers": [3, 1]}')
-    assert read_layer_map(path, 2, 4) == LayerMap.one_hot([3, 1], 4)
+    assert layer_map(str(path), 2, 4) == LayerMap.one_hot([3, 1], 4)
     assert layer_map(str(path), 2, 4) == LayerMap.one_hot([3, 1], 4)
 
 
@@ -80,14 +79,16 @@ def test_a_file_that_is_no_map_of_these_models_is_refused_in_one_line(text: str,
     path = tmp_path / "map.json"
     path.write_bytes(text.encode("latin-1"))
     with pytest.raises(ConfigError, match=r"^[^\n]*: expected [^\n]{1,200}, found [^\n]{1,200}--layer-map$"):
-        read_layer_map(path, 2, 2)
+        layer_map(str(path), 2, 2)
 
 
 def test_a_file_that_is_not_there_or_too_large_is_refused(tmp_path: Path) -> None:
-    for path in (tmp_path / "none.json", tmp_path):
+    folder = tmp_path / "folder.json"
+    folder.mkdir()
+    for path in (tmp_path / "none.json", folder):
         with pytest.raises(ConfigError, match="cannot be read: expected a file"):
-            read_layer_map(path, 2, 2)
+            layer_map(str(path), 2, 2)
     large = tmp_path / "large.json"
     large.write_text(json.dumps({"layers": [0, 1]}) + " " * MAX_FILE_BYTES)
     with pytest.raises(ConfigError, match=f"expected at most {MAX_FILE_BYTES} bytes"):
-        read_layer_map(large, 2, 2)
+        layer_map(str(large), 2, 2)
