@@ -8,6 +8,7 @@ what it writes, as tensorstore does; zarr-python and zarrs do not.
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 import time
@@ -45,7 +46,9 @@ def measure(shape: Shape) -> list[str]:
         reading = {name: lambda one=one: seconds(map(one, order)) for name, one in read.items()}
         arrays = [_shard(store, samples, shard) for shard in range(store.num_shards)]
         batches = list(_batches(store, samples))
+        contents = [path.read_bytes() for shard in range(store.num_shards) for path in store.shard_paths(shard)]
         writing: dict[str, Callable[[], float]] = {"kvpipe": lambda: _write(store, batches)}
+        writing["plain files"] = lambda: _write_plainly(contents, Path(folder))
         writing["tensorstore"] = lambda: _write_tensorstore(store, arrays)
         writing |= {name: lambda p=pipeline: _write_zarr(store, arrays, p) for name, pipeline in ENGINES.items()}
         return _rows(f"reading, {shape.name}", reading) + _rows(f"writing, {shape.name}", writing)  # type: ignore[arg-type]
@@ -88,6 +91,16 @@ def _write(store: KVStore, batches: list[tuple[list[int], Pairs]]) -> float:
     with ShardWriter(store, range(store.num_shards)) as writer:
         for indices, pairs in batches:
             writer.put(indices, pairs)
+    return time.perf_counter() - start
+
+
+def _write_plainly(contents: list[bytes], folder: Path) -> float:
+    """The same bytes as they lie, flushed: the limit of the disk."""
+    start = time.perf_counter()
+    for number, content in enumerate(contents):
+        with (folder / str(number)).open("wb", buffering=0) as file:
+            file.write(content)
+            os.fsync(file.fileno())
     return time.perf_counter() - start
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from side_by_side import HEADER, Ratio, of_values, quiet
 
 FEW, MANY = 1_000, 50_000
-RUNS = 2
+RUNS = 1  # A peak hardly varies.
 
 
 def measure(runs: int = RUNS) -> list[Ratio]:

@@ -42,7 +42,7 @@ _RUST_ERROR = re.compile(r"\(os error (\d+)\)")
 _IN_THE_WAY = "Remove what is in the way, or choose another place"
 _REMEDIES = {
     **dict.fromkeys((errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST), _IN_THE_WAY),
-    **dict.fromkeys((errno.EACCES, errno.EPERM), "Mend the permissions, or choose another place"),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "Mend the permissions, or choose another place"),
 }
 
 

@@ -34,7 +34,7 @@ def bench(
 
 def _rows(found: Bench) -> dict[str, str]:
     return {
-        "what is read": "KV and queries" if found.queries else "KV",
+        "what is read": f"KV{' and queries' if found.queries else ''}, kept as {found.codec}",
         "open to first batch": f"{found.first_batch_seconds:.2f} s",
         "plain reading": _rate(found, found.plain),
         "shuffled epoch": f"{_rate(found, found.stream)}, {_share(found, found.stream)}",
@@ -43,10 +43,10 @@ def _rows(found: Bench) -> dict[str, str]:
     }
 
 
-def _writing_rows(writing: Writing | None) -> dict[str, str]:
-    if writing is None:
-        return {"writing": "not measured: no place or no room beside the store, or no shard with all of its samples"}
-    plain, shards = (f"{writing.num_bytes / taken.seconds / 1e9:.2f} GB/s" for taken in (writing.plain, writing.shards))
+def _writing_rows(writing: Writing | str) -> dict[str, str]:
+    if isinstance(writing, str):
+        return {"writing": f"not measured: {writing}"}
+    plain, shards = (f"{writing.num_bytes / taken.seconds / 1e9:.3g} GB/s" for taken in (writing.plain, writing.shards))
     share = writing.plain.seconds / writing.shards.seconds
     return {"plain writing": plain, "writing shards": f"{shards}, {share:.2f} of plain writing"}
 
@@ -54,8 +54,9 @@ def _writing_rows(writing: Writing | None) -> dict[str, str]:
 def _rate(found: Bench, taken: Timed) -> str:
     rate, first = (found.num_bytes / seconds / 1e9 for seconds in (taken.seconds, taken.first_seconds))
     tokens, each = found.tokens / taken.seconds, 1000 * taken.seconds / found.batches
-    return f"{rate:.2f} GB/s (first pass {first:.2f}), {tokens:,.0f} tokens/s, {each:.2f} ms a batch"
+    return f"{rate:.3g} GB/s (first pass {first:.3g}), {tokens:,.0f} tokens/s, {each:.2f} ms a batch"
 
 
 def _share(found: Bench, taken: Timed) -> str:
-    return f"{found.plain.seconds / taken.seconds:.2f} of plain reading"
+    decoded = "" if found.codec == "raw" else f", decoding {found.codec} included"
+    return f"{found.plain.seconds / taken.seconds:.2f} of plain reading{decoded}"

@@ -59,11 +59,12 @@ def profile(
     config = DistillConfig.from_mapping(given, "the command line: {}".format)
     _require_outputs(html, save_layer_map)
     found = run(config, find_store(store), samples=samples, device=device)
+    # First: whatever becomes of the files, what was found is not lost.
+    typer.echo(json.dumps(asdict(found), indent=2) if as_json else "\n".join(_lines(found)))
     if html is not None:
         write_profile_page(found, html)
     if save_layer_map is not None:
         write_layer_map(found.similarity.layer_map, save_layer_map)
-    typer.echo(json.dumps(asdict(found), indent=2) if as_json else "\n".join(_lines(found)))
 
 
 def _require_outputs(html: Path | None, layer_map: Path | None) -> None:

@@ -200,7 +200,5 @@ CODECS: dict[str, Codec] = {codec.name: codec for codec in (Raw(), Float8(), Int
 def require_codec(name: str) -> Codec:
     """The codec of a name. Raises ConfigError for one that this version does not know."""
     if name not in CODECS:
-        raise ConfigError(
-            "unknown codec", expected=", ".join(CODECS), found=name, remedy="Choose another --codec, or a newer kvpipe"
-        )
+        raise ConfigError("unknown codec", expected=", ".join(CODECS), found=name, remedy="Choose another --codec")
     return CODECS[name]

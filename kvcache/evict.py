@@ -138,7 +138,7 @@ def require_policy(name: str) -> Eviction:
             "unknown eviction policy",
             expected=", ".join((NONE, *POLICIES)),
             found=name,
-            remedy="Choose another --evict, or a newer kvpipe",
+            remedy="Choose another --evict",
         )
     return POLICIES.get(name, POLICIES["right-crop"])
 

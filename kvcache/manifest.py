@@ -88,13 +88,13 @@ class Manifest:
         return hash_json(self.to_dict())[:16]
 
 
-def require_schema(document: Mapping[str, Any]) -> None:
+def require_schema(document: Mapping[str, Any], where: str = "this store") -> None:
     """Raise StoreError for a stored manifest of another schema version."""
     version = document.get("schema_version")
     # JSON knows `true` and `1.0` as well, which are equal to 1.
     if type(version) is not int or version != SCHEMA_VERSION:
         raise StoreError(
-            "this store has another schema version",
+            f"{where} has another schema version",
             expected=SCHEMA_VERSION,
             found=version,
             remedy="Read it with the kvpipe that wrote it, or extract again",

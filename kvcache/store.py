@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,9 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 
-from .codec import require_codec
+from .codec import CODECS, require_codec
 from .errors import KVPipeError, StoreError
-from .evict import require_policy
+from .evict import NONE, POLICIES
 from .integrity import require_files, require_seal, seal
 from .layout import LOGICAL_DTYPES, KVGeometry
 from .ledger import Ledger
@@ -34,7 +35,7 @@ class KVStore:
         self.group = group
         attributes = group.attrs[ATTRIBUTE]
         # First: another version may be sealed in another way.
-        require_schema(attributes["manifest"])
+        require_schema(attributes["manifest"], str(path))
         require_seal(attributes)
         self._checksums: dict[str, int] = dict(attributes["checksums"])
         require_files(path, attributes["metadata"])
@@ -44,8 +45,9 @@ class KVStore:
         self.wrong_answers: int = attributes["wrong_answers"]
         self.split_names: tuple[str, ...] = tuple(map(str, attributes["split_names"]))
         self._tokenizer_names: list[str] = list(map(str, attributes["tokenizer_files"]))
+        _require_known(path, "codec", self.manifest.codec, CODECS)
+        _require_known(path, "eviction policy", self.manifest.eviction, (NONE, *POLICIES))
         self.codec = require_codec(self.manifest.codec)
-        require_policy(self.manifest.eviction)
         kv = open_array(group, "kv")
         self.dtype = LOGICAL_DTYPES[str(kv.attrs["logical_dtype"])]
         num_layers, _, self.num_samples, num_kv_heads, max_length, packed = kv.shape
@@ -274,3 +276,13 @@ def _what_is_at(path: Path) -> str:
     if path.is_dir():
         return "a folder without zarr.json"
     return "a file" if path.exists() else "nothing"
+
+
+def _require_known(path: Path, kind: str, found: str, known: Iterable[str]) -> None:
+    if found not in known:
+        raise StoreError(
+            f"{path} has an unknown {kind}",
+            expected=", ".join(known),
+            found=found,
+            remedy="Read it with the kvpipe that wrote it, or a newer one",
+        )

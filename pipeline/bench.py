@@ -27,18 +27,19 @@ from .timing import PASSES, Timed, in_turn
 class Bench:
     """`plain` reads the files of the KV, and of the `queries` if there are any, as they lie; `stream` is an epoch as a
     student reads it who needs both; `random` as many batches from anywhere: the same bytes, tokens and batches.
-    `first_batch_seconds` is from opening the store to the first batch of an epoch; `writing` is None where it cannot be
-    measured."""
+    `first_batch_seconds` is from opening the store to the first batch of an epoch; `writing` is a sentence where
+    it cannot be measured."""
 
     num_bytes: int
     queries: bool
+    codec: str
     tokens: int
     batches: int
     first_batch_seconds: float
     plain: Timed
     stream: Timed
     random: Timed
-    writing: Writing | None
+    writing: Writing | str
 
 
 def bench(path: Path, batch_size: int, progress: Progress | None = None) -> Bench:
@@ -63,9 +64,21 @@ def bench(path: Path, batch_size: int, progress: Progress | None = None) -> Benc
         task = bar.add_task("bench", total=(len(works) + 2) * (PASSES + 1), status="")
         plain, stream, random = in_turn(works, lambda: bar.advance(task))
         writing = bench_writing(store, batch_size, lambda: bar.advance(task))
+        bar.update(task, completed=bar.tasks[task].total)
     num_bytes = sum(path.stat().st_size for path in _files(store))
     tokens = int(store.kv_length[samples].sum())
-    return Bench(num_bytes, store.manifest.queries, tokens, len(anywhere), first_batch, plain, stream, random, writing)
+    return Bench(
+        num_bytes=num_bytes,
+        queries=store.manifest.queries,
+        codec=store.codec.name,
+        tokens=tokens,
+        batches=len(anywhere),
+        first_batch_seconds=first_batch,
+        plain=plain,
+        stream=stream,
+        random=random,
+        writing=writing,
+    )
 
 
 def _read(reader: KVReader, batches: Iterable[Sequence[int]]) -> None:

@@ -31,15 +31,28 @@ class Writing:
     shards: Timed
 
 
-def bench_writing(store: KVStore, batch_size: int, done: Callable[[], None]) -> Writing | None:
+def bench_writing(store: KVStore, batch_size: int, done: Callable[[], None]) -> Writing | str:
     """Write some of a store's shards anew, into a folder beside it that is removed. `done` is called after each of the
-    passes of both. None where there is no such folder or no room for it, or no shard has all of its samples.
+    passes of both. Where it cannot be done, the reason.
     """
     shards = _some_shards(store)
     files = [path for shard in shards for path in store.shard_paths(shard)]
     num_bytes, beside = sum(path.stat().st_size for path in files), store.path.absolute().parent
-    if not files or not os.access(beside, os.W_OK) or shutil.disk_usage(beside).free < 2 * num_bytes:
-        return None
+    if not files:
+        return "no shard has all of its samples"
+    # As they lie, by the writer, and what it writes anew before it takes their place.
+    if shutil.disk_usage(beside).free < 3 * num_bytes:
+        return f"{3 * num_bytes / 1e6:,.0f} MB are not free at {beside}"
+    try:
+        return _measure(store, shards, files, batch_size, done)
+    except OSError as error:
+        return f"{error.strerror} at {beside}"
+
+
+def _measure(
+    store: KVStore, shards: list[int], files: list[Path], batch_size: int, done: Callable[[], None]
+) -> Writing:
+    num_bytes, beside = sum(path.stat().st_size for path in files), store.path.absolute().parent
     with tempfile.TemporaryDirectory(dir=beside, prefix=".kvpipe-bench-") as folder:
         twin = _without_kv(store, Path(folder) / "bench.zarr")
         works = (

@@ -184,10 +184,13 @@ class DistillConfig:
         """`segment_ratio` by the segment's id. Raises FieldError for text that is no such thing."""
         try:
             pairs = [item.split("=") for item in (self.segment_ratio or "").split(",") if item]
-            return {SEGMENTS[name.strip()]: float(share) for name, share in pairs}
+            shares = {SEGMENTS[name.strip()]: float(share) for name, share in pairs}
         except (KeyError, ValueError) as error:
             expected = f"{', '.join(SEGMENTS)} with a share, as in reasoning=0.5"
             raise FieldError("segment_ratio", expected, repr(self.segment_ratio)) from error
+        if len(shares) < len(pairs):
+            raise FieldError("segment_ratio", "one share a segment", repr(self.segment_ratio))
+        return shares
 
     def _require_fusion(self) -> None:
         """Raise ConfigError for options of a fusion that is another one."""

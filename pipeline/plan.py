@@ -60,10 +60,11 @@ def make_plan(config: ExtractConfig, progress: Progress | None = None) -> Plan:
     """Count and measure. Nothing is left on the disk. Raises what `extract` raises."""
     folder = require_folder(config.store)
     prepared = prepare(config)
-    table = sample_table(prepared)
+    table, sampled = sample_table(prepared), prepared.first(MEASURED_TOKENS)
     with progress or progress_bar() as bar, tempfile.TemporaryDirectory(dir=folder, prefix=".kvpipe-plan-") as scratch:
         part = replace(config, store=Path(scratch) / "part.zarr")
-        forward, extract, read = _rates(part, prepared.first(MEASURED_TOKENS), bar)
+        require_space(config.store, sample_table(sampled).stored_bytes(prepared.geometry, config.codec))
+        forward, extract, read = _rates(part, sampled, bar)
     without = replace(prepared.geometry, num_query_heads=0)
     store_bytes = table.stored_bytes(prepared.geometry, config.codec)
     return Plan(
@@ -82,9 +83,7 @@ def make_plan(config: ExtractConfig, progress: Progress | None = None) -> Plan:
 
 def _rates(config: ExtractConfig, prepared: Prepared, bar: Progress) -> tuple[float, float, float]:
     """Tokens a second of the bare forward, of one extraction and of reading, on the same samples."""
-    table = sample_table(prepared)
-    require_space(config.store, table.stored_bytes(prepared.geometry, config.codec))
-    store = new_store(config, prepared, table)
+    store = new_store(config, prepared, sample_table(prepared))
     tokens = int(store.length.sum())
     (forward,) = in_turn([lambda: _forward(store, prepared, config.batch_size)])
     report = run_teacher(store, prepared.teacher, config.batch_size, bar)

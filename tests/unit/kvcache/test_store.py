@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
@@ -13,9 +14,10 @@ import pytest
 import torch
 import zarr
 from kvpipe.kvcache.errors import StoreError
+from kvpipe.kvcache.integrity import seal
 from kvpipe.kvcache.manifest import Manifest
 from kvpipe.kvcache.reader import KVReader
-from kvpipe.kvcache.store import KVStore
+from kvpipe.kvcache.store import ATTRIBUTE, KVStore
 from torch import Tensor
 
 MakeStore = Callable[..., tuple[KVStore, Tensor]]
@@ -171,6 +173,21 @@ def test_another_logical_dtype_is_refused(make_store: MakeStore) -> None:
     file = store.path / "kv" / "zarr.json"
     file.write_text(file.read_text().replace('"bfloat16"', '"float16"'))
     with pytest.raises(StoreError, match=r"kv/zarr\.json has .* bytes instead of"):
+        KVStore.open(store.path)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "kind"), [("codec", "int3", "codec"), ("eviction", "newest", "eviction policy")]
+)
+def test_what_only_a_newer_version_knows_is_refused(make_store: MakeStore, field: str, value: str, kind: str) -> None:
+    store, _ = make_store([5, 9])
+    group = zarr.open_group(store.path, mode="r+")
+    attributes = dict(group.attrs[ATTRIBUTE])  # type: ignore[arg-type]
+    group.attrs[ATTRIBUTE] = seal({**attributes, "manifest": {**attributes["manifest"], field: value}})
+    said = (
+        f"{re.escape(str(store.path))} has an unknown {kind}: expected .* found {value}. Read it with the kvpipe that"
+    )
+    with pytest.raises(StoreError, match=said):
         KVStore.open(store.path)
 
 

@@ -9,6 +9,7 @@ import pytest
 from kvpipe.kvcache.errors import ConfigError, StoreError
 from kvpipe.kvcache.store import KVStore
 from kvpipe.pipeline.bench import bench
+from kvpipe.pipeline.bench_writing import Writing
 
 MakeStore = Callable[..., tuple[KVStore, Any]]
 
@@ -29,7 +30,8 @@ def test_every_sample_with_kv_is_read_in_every_pass(make_store: MakeStore, optio
     for taken in (found.plain, found.stream, found.random):
         assert min(taken.first_seconds, taken.seconds) > 0
     assert found.first_batch_seconds > 0
-    assert found.writing is not None
+    assert isinstance(found.writing, Writing)
+    assert found.codec == options.get("codec", "raw")
 
 
 def test_a_store_that_cannot_be_read_is_refused(make_store: MakeStore) -> None:

@@ -150,6 +150,7 @@ def test_recipes_whose_options_depend_on_each_other_come_back(options: dict[str,
             ({"segment_ratio": text, "time_map": "segment"}, "^segment_ratio: expected (prompt|shares above 0)")
             for text in ("reasoning", "reasoning=", "padding=1", "all=1", "x=1", "answer=0", "answer=1.5", "answer=nan")
         ),
+        ({"segment_ratio": "answer=0.5,answer=0.2", "time_map": "segment"}, "^segment_ratio: expected one share a seg"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(options: dict[str, Any], said: str) -> None:
