@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,10 +14,13 @@ from rich.progress import Progress, TaskID
 
 from ..kvcache.errors import ConfigError
 from ..kvcache.lock import only_writer
+from ..kvcache.store import KVStore
+from .compatibility import require_layer_map
 from .declaration import declare
-from .experiment_config import ExperimentConfig
+from .experiment_config import ExperimentConfig, PlannedRun
 from .experiment_status import progress_of
 from .extract import extract
+from .fields import placed
 from .finished_runs import ExperimentRuns, is_finished, read_records, require_comparable
 from .models import resolve_device
 from .progress import progress_bar
@@ -62,6 +66,7 @@ def _run(
         for run in config.runs
         if not is_finished(runs_dir / run.name, run.recipe, [stores[place] for place in run.stores])
     ]
+    _require_fitting(waiting, stores)
     # Of this grid or an earlier one: whoever has seen an answer asks no first question any more.
     if not any(runs_dir.glob("*/run.json")):
         declare(config, runs_dir)
@@ -77,6 +82,14 @@ def _run(
             time.sleep(POLL_SECONDS)
             grid.poll()
     return ExperimentRuns(read_records(config, runs_dir), grid.failures)
+
+
+def _require_fitting(runs: Sequence[PlannedRun], stores: Mapping[Path, KVStore]) -> None:
+    """Raise what an arm's first run would find of its layer map, before any other arm is trained."""
+    for arm, run in {run.arm: run for run in runs}.items():
+        with placed(partial("arm {}, {}".format, arm), "layer_map"):
+            for place in run.stores:
+                require_layer_map(run.recipe, stores[place])
 
 
 def _cores() -> list[int]:

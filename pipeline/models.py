@@ -246,6 +246,12 @@ def load_student(student: str, tokenizer: PreTrainedTokenizerBase, *, random_ini
     return made
 
 
+def num_student_layers(student: str) -> int:
+    """From its configuration alone. Raises ModelError where there is none."""
+    config: PreTrainedConfig = _load(AutoConfig.from_pretrained, student, "student", "--student")
+    return int(config.get_text_config(decoder=True).num_hidden_layers)
+
+
 @torch.no_grad()
 def _try_forward(model: PreTrainedModel) -> None:
     """Shapes that do not go together, such as an odd head_dim under rotary embedding, show in a forward pass alone."""

@@ -197,6 +197,17 @@ def test_held_out_text_that_is_in_the_training_text_stops_an_experiment(
     assert not (tmp_path / "runs").exists()
 
 
+def test_an_arm_whose_layer_map_does_not_fit_stops_an_experiment_before_it_trains(
+    kvpipe: Any, teacher: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "deep.json").write_text(json.dumps({"layers": [0, 1, 1]}))
+    arm = '[arms.deep]\nlayer_map = "deep.json"\n'
+    (tmp_path / "tiny.toml").write_text(EXPERIMENT.format(teacher=teacher) + arm)
+    failed = kvpipe("experiment", "run", "tiny.toml", cwd=tmp_path, code=2)
+    assert "Error: arm deep, layer_map: the layer map does not fit: expected 2 layers from 0 to" in failed.stderr
+    assert not list((tmp_path / "runs").rglob("config.json"))
+
+
 @pytest.mark.skipif(
     not hasattr(os, "sched_setaffinity") or len(os.sched_getaffinity(0)) < 2, reason="needs cores to choose from"
 )
