@@ -8,7 +8,6 @@ what it writes, as tensorstore does; zarr-python and zarrs do not.
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 import time
@@ -25,6 +24,7 @@ from kvpipe.data.batching import ShuffledBatches
 from kvpipe.kvcache.layout import Pairs
 from kvpipe.kvcache.store import KVStore
 from kvpipe.kvcache.writer import ShardWriter
+from kvpipe.pipeline.bench_writing import write_plainly
 from peers import BATCH_SIZE, Read, padded, readers
 from reading import SHAPES, Shape, random_samples, seconds, write_store
 from side_by_side import alternate, of_values
@@ -95,12 +95,9 @@ def _write(store: KVStore, batches: list[tuple[list[int], Pairs]]) -> float:
 
 
 def _write_plainly(contents: list[bytes], folder: Path) -> float:
-    """The same bytes as they lie, flushed: the limit of the disk."""
+    """The same bytes as they lie: the limit of the disk."""
     start = time.perf_counter()
-    for number, content in enumerate(contents):
-        with (folder / str(number)).open("wb", buffering=0) as file:
-            file.write(content)
-            os.fsync(file.fileno())
+    write_plainly(contents, folder)
     return time.perf_counter() - start
 
 

@@ -14,7 +14,7 @@ from ..kvcache.align.aligner import Aligner, AlignerConfig
 from ..kvcache.align.cka import CKAMatrix
 from ..kvcache.align.closed_form import ClosedForm, GramMoments, closed_form
 from ..kvcache.align.head_projection import KVSpace, LinearProjection
-from ..kvcache.align.layer_map import LayerMap, cka_map, layer_map
+from ..kvcache.align.layer_map import LayerMap, cka_map
 from ..kvcache.align.normalisation import Normalisation
 from ..kvcache.align.parameter_match import matched_size
 from ..kvcache.align.teacher_view import TeacherView
@@ -25,7 +25,7 @@ from ..kvcache.rope_parameters import rope_parameters
 from ..kvcache.store import KVStore
 from .aligned_teacher import AlignedTeacher
 from .channel_moments import Moments
-from .compatibility import require_layers, require_queries
+from .compatibility import require_queries, stored_layer_map
 from .config import DistillConfig
 from .distiller import KVDistiller
 from .kv_controls import RandomKV, ShuffledKV
@@ -122,8 +122,7 @@ def build_view(
         )
         return replace(view, layer_map=cka_map(similarity))
     num_layers = student.config.get_text_config(decoder=True).num_hidden_layers
-    chosen = layer_map(config.layer_map, num_layers, store.manifest.teacher.num_layers)
-    return replace(view, layer_map=require_layers(store, chosen))
+    return replace(view, layer_map=stored_layer_map(config.layer_map, num_layers, store))
 
 
 def layer_similarity(distiller: KVDistiller, dataset: KVDataset, indices: Sequence[int]) -> torch.Tensor:

@@ -43,23 +43,14 @@ def bench_writing(store: KVStore, batch_size: int, done: Callable[[], None]) -> 
     # As they lie, by the writer, and what it writes anew before it takes their place.
     if shutil.disk_usage(beside).free < 3 * num_bytes:
         return f"{3 * num_bytes / 1e6:,.0f} MB are not free at {beside}"
+    contents, batches = [path.read_bytes() for path in files], list(_batches(store, shards, batch_size))
     try:
-        return _measure(store, shards, files, batch_size, done)
+        with tempfile.TemporaryDirectory(dir=beside, prefix=".kvpipe-bench-") as folder:
+            twin = _without_kv(store, Path(folder) / "bench.zarr")
+            works = (partial(write_plainly, contents, Path(folder)), partial(_write, twin, shards, batches))
+            return Writing(num_bytes, *in_turn(works, done))
     except OSError as error:
         return f"{error.strerror} at {beside}"
-
-
-def _measure(
-    store: KVStore, shards: list[int], files: list[Path], batch_size: int, done: Callable[[], None]
-) -> Writing:
-    num_bytes, beside = sum(path.stat().st_size for path in files), store.path.absolute().parent
-    with tempfile.TemporaryDirectory(dir=beside, prefix=".kvpipe-bench-") as folder:
-        twin = _without_kv(store, Path(folder) / "bench.zarr")
-        works = (
-            partial(_write_plainly, [path.read_bytes() for path in files], Path(folder)),
-            partial(_write, twin, shards, list(_batches(store, shards, batch_size))),
-        )
-        return Writing(num_bytes, *in_turn(works, done))
 
 
 def _some_shards(store: KVStore) -> list[int]:
@@ -108,7 +99,8 @@ def _write(store: KVStore, shards: list[int], batches: list[tuple[list[int], Cap
             writer.put(batch, *captured)
 
 
-def _write_plainly(contents: list[bytes], folder: Path) -> None:
+def write_plainly(contents: list[bytes], folder: Path) -> None:
+    """A file for each of them, flushed."""
     for number, content in enumerate(contents):
         with (folder / str(number)).open("wb", buffering=0) as file:
             file.write(content)

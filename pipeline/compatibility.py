@@ -14,7 +14,7 @@ from ..kvcache.errors import ConfigError, ModelError, StoreError
 from ..kvcache.manifest import hash_tokenizer
 from ..kvcache.store import KVStore
 from .config import DistillConfig
-from .models import load_tokenizer, num_student_layers, starts_random, tokenizer_from_files
+from .models import load_tokenizer, starts_random, tokenizer_from_files
 from .student_text import StudentText, own_tokens, teachers_tokens
 
 
@@ -85,12 +85,10 @@ def require_layers(store: KVStore, layer_map: LayerMap) -> LayerMap:
     return layer_map.restrict(kept)
 
 
-def require_layer_map(config: DistillConfig, store: KVStore) -> None:
-    """Before any student is loaded: raise ConfigError for a layer map between models of other depths, StoreError where
-    the store lacks layers of it, ModelError where there is no such student."""
-    if config.layer_map != "cka":
-        depth = num_student_layers(config.student)
-        require_layers(store, layer_map(config.layer_map, depth, store.manifest.teacher.num_layers))
+def stored_layer_map(name: str, num_student_layers: int, store: KVStore) -> LayerMap:
+    """The map of a name, for a student of so many layers, over those that a store keeps. Raises what `layer_map` and
+    `require_layers` raise."""
+    return require_layers(store, layer_map(name, num_student_layers, store.manifest.teacher.num_layers))
 
 
 def require_positions(student: PreTrainedModel, store: KVStore, text: StudentText) -> None:

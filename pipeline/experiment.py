@@ -15,14 +15,14 @@ from rich.progress import Progress, TaskID
 from ..kvcache.errors import ConfigError
 from ..kvcache.lock import only_writer
 from ..kvcache.store import KVStore
-from .compatibility import require_layer_map
+from .compatibility import stored_layer_map
 from .declaration import declare
 from .experiment_config import ExperimentConfig, PlannedRun
 from .experiment_status import progress_of
 from .extract import extract
 from .fields import placed
 from .finished_runs import ExperimentRuns, is_finished, read_records, require_comparable
-from .models import resolve_device
+from .models import num_student_layers, resolve_device
 from .progress import progress_bar
 from .ranks import require_one_process
 from .run_directory import RunDirectory
@@ -86,10 +86,12 @@ def _run(
 
 def _require_fitting(runs: Sequence[PlannedRun], stores: Mapping[Path, KVStore]) -> None:
     """Raise what an arm's first run would find of its layer map, before any other arm is trained."""
-    for arm, run in {run.arm: run for run in runs}.items():
+    arms = {run.arm: run for run in runs if run.recipe.layer_map != "cka"}
+    depths = {student: num_student_layers(student) for student in {run.recipe.student for run in arms.values()}}
+    for arm, run in arms.items():
         with placed(partial("arm {}, {}".format, arm), "layer_map"):
             for place in run.stores:
-                require_layer_map(run.recipe, stores[place])
+                stored_layer_map(run.recipe.layer_map, depths[run.recipe.student], stores[place])
 
 
 def _cores() -> list[int]:

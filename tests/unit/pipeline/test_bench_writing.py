@@ -40,7 +40,7 @@ def test_what_is_written_are_the_very_shards_of_the_store(make_store: MakeStore,
     assert list(store.path.parent.iterdir()) == [store.path]
 
 
-def test_what_a_codec_lost_is_not_written_differently_in_size(make_store: MakeStore) -> None:
+def test_a_lossy_store_is_written_in_its_own_codec(make_store: MakeStore) -> None:
     store, _ = make_store([7, 40, 33, 2, 64], codec="int4")
     found = bench_writing(store, 2, lambda: None)
     assert isinstance(found, Writing)
