@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from kvpipe.data.batching import ShuffledBatches
-from kvpipe.kvcache.create import TOKEN_BLOCK, SampleTable, create_store
+from kvpipe.kvcache.create import SampleTable, create_store, json_lines
 from kvpipe.kvcache.layout import KVGeometry
 from kvpipe.kvcache.manifest import DatasetIdentity, Manifest, TeacherIdentity
 from kvpipe.kvcache.store import KVStore
@@ -113,15 +113,15 @@ def random_samples(shape: Shape) -> Iterator[Tensor]:
 
 def write_store(shape: Shape, samples: list[Tensor], path: Path, samples_per_shard: int | None = None) -> KVStore:
     g, count = shape.geometry, len(samples)
-    width = -(-shape.longest // TOKEN_BLOCK) * TOKEN_BLOCK
+    length = np.array([sample.shape[3] for sample in samples], np.int32)
     table = SampleTable(
-        records=[{"id": str(i), "prompt": "", "reasoning": "", "answer": ""} for i in range(count)],
+        text=json_lines({"id": str(i), "prompt": "", "reasoning": "", "answer": ""} for i in range(count)),
         split_names=("train",),
         split=np.zeros(count, np.int8),
-        length=np.array([sample.shape[3] for sample in samples], np.int32),
-        input_ids=np.zeros((count, width), np.int32),
-        segment_ids=np.zeros((count, width), np.int8),
-        spans=np.zeros((count, width, 2), np.int32),
+        length=length,
+        input_ids=np.zeros(length.sum(), np.int32),
+        segment_ids=np.zeros(length.sum(), np.int8),
+        spans=np.zeros((length.sum(), 2), np.int32),
     )
     manifest = Manifest(
         schema_version=1,

@@ -92,13 +92,22 @@ def _run() -> None:
 
 def _stop(*_: object) -> None:
     """Unwind as after Ctrl-C, so that nothing half-written stays; batch systems send SIGTERM before they kill."""
-    typer.secho("Stopped by SIGTERM. The same command goes on where it stopped.", err=True)
+    typer.secho(f"Stopped by SIGTERM.{_what_now()}", err=True)
     sys.exit(128 + signal.SIGTERM)
 
 
 def _interrupt(*_: object) -> None:
-    typer.secho("Interrupted. The same command goes on where it stopped.", err=True)
+    typer.secho(f"Interrupted.{_what_now()}", err=True)
     raise KeyboardInterrupt
+
+
+def _what_now() -> str:
+    return " The same command goes on where it stopped." if _resumes() else ""
+
+
+def _resumes() -> bool:
+    """Whether the command is one of those that go on where they stopped."""
+    return " ".join(sys.argv[1:3]).startswith(("extract", "distill", "repair", "experiment run"))
 
 
 def _signal_again(lost: sys.UnraisableHookArgs) -> None:
@@ -140,7 +149,7 @@ def _sentence(error: Exception) -> str:
         return str(error)
     found = f"{error.strerror} at {error.filename}" if isinstance(error, OSError) and error.filename else str(error)
     remedy = _REMEDIES.get(_errno(error) or 0, "Make room or choose another place")
-    return f"{found}. {remedy}; the same command then goes on where it stopped"
+    return f"{found}. {remedy}{'; the same command then goes on where it stopped' if _resumes() else ''}"
 
 
 def _errno(error: Exception) -> int | None:

@@ -10,7 +10,7 @@ import typer
 from . import extract_options as option
 
 if TYPE_CHECKING:
-    from ..pipeline.plan import Plan
+    from ..pipeline.plan import Plan, Rates
 
 
 def plan(
@@ -50,15 +50,23 @@ def _rows(plan: Plan, place: Path) -> dict[str, str]:
     share = plan.store_bytes / plan.raw_bytes
     queries = f" ({plan.query_bytes / plan.tokens:,.0f} of them queries)" if plan.query_bytes else ""
     free = f"{_bytes(plan.free_bytes)} free: {'it fits' if plan.fits else 'it does not fit'}"
-    never = "never: reading is no faster than the teacher here"
     return {
         "samples": f"{plan.samples:,}, {plan.tokens:,} tokens{cut}",
         "bytes a token": f"{plan.store_bytes / plan.tokens:,.0f}{queries}, {share:.2f} of raw KV of all layers",
         "store": f"{_bytes(plan.store_bytes)} at {place}, {free}",
-        "teacher alone": _time(plan.tokens, plan.forward_rate),
-        "extraction": _time(plan.tokens, plan.extract_rate),
-        "reading it": _time(plan.tokens, plan.read_rate),
-        "pays off": f"from {plan.break_even} runs on, of one teacher pass each" if plan.break_even else never,
+        **_speed_rows(plan.rates, plan.tokens),
+    }
+
+
+def _speed_rows(rates: Rates | None, tokens: int) -> dict[str, str]:
+    if rates is None:
+        return {"speeds": "not measured: not even a few samples fit"}
+    never = "never: reading is no faster than the teacher here"
+    return {
+        "teacher alone": _time(tokens, rates.forward),
+        "extraction": _time(tokens, rates.extract),
+        "reading it": _time(tokens, rates.read),
+        "pays off": f"from {rates.break_even} runs on, of one teacher pass each" if rates.break_even else never,
     }
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,14 @@ class Corpus:
 
     name: str
     splits: Mapping[str, list[Sample]]
+
+    @property
+    def num_samples(self) -> int:
+        return sum(map(len, self.splits.values()))
+
+    def samples(self) -> Iterator[Sample]:
+        """Of all splits, one split after the other."""
+        return chain.from_iterable(self.splits.values())
 
 
 def load_corpus(dataset: str, num_train: int | None, num_held_out: int, seed: int) -> Corpus:

@@ -34,7 +34,7 @@ def select_segments(text: str) -> tuple[str, ...]:
 ANSWER_MARK = "#### "
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Sample:
     """A prompt, the reasoning that solves it and its final answer.
 

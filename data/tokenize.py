@@ -23,7 +23,6 @@ class TokenizedSample:
     character range of each token in `Sample.text`. Special tokens have an empty range.
     """
 
-    id: str
     input_ids: NDArray[np.int32]
     segment_ids: NDArray[np.int8]
     spans: NDArray[np.int32]
@@ -64,7 +63,6 @@ def _with_segments(
     # A token belongs to the segment of its first character; a closing special token to the last segment.
     segment_ids = [segments[min(bisect_right(ends, start), len(segments) - 1)] for start, _ in spans]
     return TokenizedSample(
-        id=sample.id,
         input_ids=np.asarray(ids[:max_tokens], dtype=np.int32),
         segment_ids=np.asarray(segment_ids[:max_tokens], dtype=np.int8),
         spans=np.asarray(spans[:max_tokens], dtype=np.int32).reshape(-1, 2),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -21,7 +21,7 @@ from .layout import KVGeometry, dtype_name
 from .ledger import Ledger
 from .manifest import Manifest
 from .part import QUERIES
-from .side_arrays import add_array
+from .side_arrays import PaddedRows, add_array
 from .signals import deferred_signals
 from .store import ATTRIBUTE, KV_LENGTH, KVStore
 
@@ -31,15 +31,15 @@ TOKEN_BLOCK = 32
 
 @dataclass(frozen=True)
 class SampleTable:
-    """What a store keeps beside the KV, for `B` samples of at most `T` tokens.
+    """What a store keeps beside the KV, for `B` samples.
 
-    `records` are the samples as JSON objects; `split` `[B]` names each sample's split by its index in
-    `split_names`. `input_ids` `[B, T]`, `segment_ids` `[B, T]` (-1 past the end) and `spans` `[B, T, 2]`
-    (character offsets) are padded on the right; `length` `[B]` counts real tokens. `kv_length` `[B]` counts those
-    whose KV is kept, where some are evicted.
+    `text` are the samples as JSON objects (see `json_lines`); `split` `[B]` names each sample's split by its index in
+    `split_names`. `input_ids` `[N]`, `segment_ids` `[N]` and `spans` `[N, 2]` (character offsets) are the tokens of all
+    samples, end to end; `length` `[B]` counts them. `kv_length` `[B]` counts those whose KV is kept, where some are
+    evicted.
     """
 
-    records: Sequence[Mapping[str, Any]]
+    text: bytearray
     split_names: tuple[str, ...]
     split: NDArray[np.int8]
     length: NDArray[np.int32]
@@ -52,10 +52,23 @@ class SampleTable:
     def evicts(self) -> bool:
         return self.kv_length is not None
 
+    @property
+    def width(self) -> int:
+        """Tokens of the longest sample, in whole blocks."""
+        return -(-int(self.length.max()) // TOKEN_BLOCK) * TOKEN_BLOCK
+
     def stored_bytes(self, geometry: KVGeometry, codec: str) -> int:
         """What the KV, and the queries if the geometry has any, take on disk."""
         lengths = self.length if self.kv_length is None else self.kv_length
         return stored_bytes(lengths, geometry, codec, evicts=self.evicts)
+
+
+def json_lines(records: Iterable[Mapping[str, Any]]) -> bytearray:
+    """JSON objects, one a line."""
+    text = bytearray()
+    for record in records:
+        text += f"{json.dumps(record)}\n".encode()
+    return text
 
 
 def create_store(
@@ -111,8 +124,7 @@ def stored_bytes(lengths: NDArray[np.int32], geometry: KVGeometry, codec: str, *
 
 
 def _create_kv(group: zarr.Group, manifest: Manifest, table: SampleTable, geometry: KVGeometry, samples: int) -> None:
-    num_samples, max_length = table.input_ids.shape
-    blocks = max_length // TOKEN_BLOCK
+    num_samples, blocks = len(table.length), table.width // TOKEN_BLOCK
     samples = min(samples, num_samples)
     plain = {"serializer": BytesCodec(endian="little"), "compressors": [Crc32cCodec()], "filters": None}
     parts = require_codec(manifest.codec).all_parts(geometry, TOKEN_BLOCK, evicts=table.evicts)
@@ -141,14 +153,16 @@ def _create_kv(group: zarr.Group, manifest: Manifest, table: SampleTable, geomet
 
 
 def _create_side_arrays(group: zarr.Group, table: SampleTable, tokenizer_files: Mapping[str, bytes]) -> dict[str, int]:
-    text = "".join(f"{json.dumps(record)}\n" for record in table.records).encode()
-    arrays: dict[str, tuple[NDArray[Any], tuple[str, ...]]] = {
+    def padded(items: NDArray[Any], fill: int = 0) -> PaddedRows:
+        return PaddedRows(items, table.length, table.width, fill)
+
+    arrays: dict[str, tuple[NDArray[Any] | PaddedRows, tuple[str, ...]]] = {
         "length": (table.length, ("sample",)),
         "split": (table.split, ("sample",)),
-        "input_ids": (table.input_ids, ("sample", "token")),
-        "segment_ids": (table.segment_ids, ("sample", "token")),
-        "spans": (table.spans, ("sample", "token", "edge")),
-        "text": (np.frombuffer(text, np.uint8), ("byte",)),
+        "input_ids": (padded(table.input_ids), ("sample", "token")),
+        "segment_ids": (padded(table.segment_ids, fill=-1), ("sample", "token")),
+        "spans": (padded(table.spans), ("sample", "token", "edge")),
+        "text": (np.frombuffer(table.text, np.uint8), ("byte",)),
     }
     if table.kv_length is not None:
         arrays[KV_LENGTH] = table.kv_length, ("sample",)

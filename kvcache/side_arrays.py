@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -16,8 +18,41 @@ from .shard import crc32c
 CHUNK_BYTES = 2**22
 
 
-def add_array(group: zarr.Group, name: str, data: NDArray[Any], dimension_names: tuple[str, ...]) -> int:
-    """Write an array in chunks of whole rows; returns the checksum of its content.
+@dataclass(frozen=True)
+class PaddedRows:
+    """Rows of `length` `[B]` items each, which lie end to end in `items` `[N, ...]`, as an array `[B, width, ...]` with
+    `fill` past every row's end. A part of it is made when it is asked for, never the whole."""
+
+    items: NDArray[Any]
+    length: NDArray[np.int32]
+    width: int
+    fill: int = 0
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (len(self.length), self.width, *self.items.shape[1:])
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return self.items.dtype
+
+    @cached_property
+    def _bounds(self) -> NDArray[np.int64]:
+        return np.concatenate([[0], np.cumsum(self.length, dtype=np.int64)])
+
+    def __len__(self) -> int:
+        return len(self.length)
+
+    def __getitem__(self, rows: slice) -> NDArray[Any]:
+        first, end, _ = rows.indices(len(self))
+        padded = np.full((end - first, *self.shape[1:]), self.fill, self.dtype)
+        real = np.arange(self.width) < self.length[first:end, None]
+        padded[real] = self.items[self._bounds[first] : self._bounds[end]]
+        return padded
+
+
+def add_array(group: zarr.Group, name: str, data: NDArray[Any] | PaddedRows, dimension_names: tuple[str, ...]) -> int:
+    """Write an array in chunks of whole rows, one after the other; returns the checksum of its content.
 
     Every chunk is stored, zeros too: one that is missing is lost.
     """
@@ -34,13 +69,17 @@ def add_array(group: zarr.Group, name: str, data: NDArray[Any], dimension_names:
             dimension_names=dimension_names,
             config={"write_empty_chunks": True},
         )
-    array[...] = data
-    return content_checksum(data)
+    checksum = 0
+    for first in range(0, len(data), rows):
+        chunk = data[first : first + rows]
+        array[first : first + rows] = chunk
+        checksum = content_checksum(chunk, checksum)
+    return checksum
 
 
-def content_checksum(data: NDArray[Any]) -> int:
-    """crc32c over an array's values in C order."""
-    return crc32c(np.ascontiguousarray(data).reshape(-1).view(np.uint8))
+def content_checksum(data: NDArray[Any], before: int = 0) -> int:
+    """crc32c over an array's values in C order, or over these after others that have the checksum `before`."""
+    return crc32c(np.ascontiguousarray(data).reshape(-1).view(np.uint8), before)
 
 
 def read_array(group: zarr.Group, name: str, checksum: int, shape: tuple[int, ...] | None = None) -> NDArray[Any]:
@@ -52,8 +91,13 @@ def read_array(group: zarr.Group, name: str, checksum: int, shape: tuple[int, ..
             raise ValueError(f"an array of {array.shape} instead of {shape}")
         if array.nchunks_initialized != array.nchunks:
             raise ValueError(f"{array.nchunks - array.nchunks_initialized} of {array.nchunks} chunks are missing")
-        data = np.asarray(array[...])
-        if content_checksum(data) != checksum:
+        data, found = np.empty(array.shape, array.dtype), 0
+        # Chunk by chunk: Zarr would hold all of them beside the whole.
+        for first in range(0, len(data), array.chunks[0]):
+            rows = slice(first, first + array.chunks[0])
+            data[rows] = array[rows]
+            found = content_checksum(data[rows], found)
+        if found != checksum:
             raise ValueError("its content fails its checksum")
         return data
     except Exception as error:

@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 from rich.progress import Progress
+from transformers import PreTrainedModel
 
 from ..kvcache.create import SampleTable, create_store, stored_bytes
 from ..kvcache.errors import StoreError
@@ -19,7 +20,7 @@ from .models import tokenizer_files
 from .own_reasoning import draft_path, with_own_reasoning
 from .preparation import Prepared, prepare, sample_table
 from .progress import progress_bar
-from .ranks import joined_ranks
+from .ranks import Ranks, joined_ranks
 from .teacher_pass import ExtractReport, run_teacher
 
 SHARDS_OF_SMALL_STORE = 16
@@ -35,17 +36,23 @@ def extract(config: ExtractConfig, progress: Progress | None = None) -> ExtractR
     """
     require_folder(config.store)
     with joined_ranks() as ranks, only_writer(config.store) if ranks.is_main else nullcontext():
-        prepared = prepare(config)
-        if not ranks.is_main:
-            ranks.wait()
-        store = _open_or_create(config, prepared, progress)
-        if ranks.is_main:
-            _sweep(config.store)
-            ranks.wait()
+        store, teacher = _store_and_teacher(config, ranks, progress)
         with progress or progress_bar(visible=ranks.is_main) as bar:
-            return run_teacher(
-                store, prepared.teacher, config.batch_size, bar, on_nonfinite=config.on_nonfinite, ranks=ranks
-            )
+            return run_teacher(store, teacher, config.batch_size, bar, on_nonfinite=config.on_nonfinite, ranks=ranks)
+
+
+def _store_and_teacher(
+    config: ExtractConfig, ranks: Ranks, progress: Progress | None
+) -> tuple[KVStore, PreTrainedModel]:
+    """A store with all that is not KV. The samples that it was made from are let go: the teacher reads the store's."""
+    prepared = prepare(config)
+    if not ranks.is_main:
+        ranks.wait()
+    store = _open_or_create(config, prepared, progress)
+    if ranks.is_main:
+        _sweep(config.store)
+        ranks.wait()
+    return store, prepared.teacher
 
 
 def _open_or_create(config: ExtractConfig, prepared: Prepared, progress: Progress | None) -> KVStore:

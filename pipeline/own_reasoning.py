@@ -6,7 +6,7 @@ import json
 import os
 import time
 from dataclasses import asdict, replace
-from itertools import chain, groupby, takewhile
+from itertools import groupby, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from rich.progress import Progress
 
 from ..data.corpus import Corpus
 from ..data.errors import DataError
+from ..data.packed_tokens import PackedTokens
 from ..data.sample import ANSWER_MARK, Sample, extract_answer
 from ..data.tokenize import prompt_ids, tokenize
 from ..kvcache.files import write_atomic
@@ -50,15 +51,14 @@ def with_own_reasoning(prepared: Prepared, config: ExtractConfig, progress: Prog
                 f"{ANSWER_MARK!r}), found none among {len(problems)}. Choose --wrong-answers keep, more "
                 "--max-new-tokens, or another teacher"
             )
-    samples = chain.from_iterable(splits.values())
-    tokens = list(tokenize(samples, prepared.tokenizer, prepared.manifest.max_tokens))
-    require_kept(tokens, prepared.manifest)
     own = Corpus(corpus.name, splits)
+    tokens = PackedTokens.of(tokenize(own.samples(), prepared.tokenizer, prepared.manifest.max_tokens))
+    require_kept(tokens, prepared.manifest)
     return replace(prepared, corpus=own, tokens=tokens, wrong_answers=wrong, reasoning_seconds=seconds)
 
 
 def _require_problems(corpus: Corpus) -> None:
-    for sample in chain.from_iterable(corpus.splits.values()):
+    for sample in corpus.samples():
         if not (sample.prompt and sample.answer):
             raise DataError(
                 f"{sample.id}: expected a prompt and an answer, which --reasoning teacher goes by, found "

@@ -15,7 +15,7 @@ from rich.progress import Progress
 from ..kvcache.create import stored_bytes
 from ..kvcache.reader import KVReader
 from ..kvcache.store import KVStore
-from .extract import new_store, require_folder, require_space
+from .extract import new_store, require_folder
 from .extract_config import ExtractConfig
 from .preparation import Prepared, prepare, sample_table
 from .progress import progress_bar
@@ -29,9 +29,25 @@ READ_BATCH = 16
 
 
 @dataclass(frozen=True)
+class Rates:
+    """Tokens a second of the teacher alone, of the extraction and of reading the store."""
+
+    forward: float
+    extract: float
+    read: float
+
+    @property
+    def break_even(self) -> int | None:
+        """The least number of runs, one teacher pass each, for which extracting once and reading in every run costs
+        less than asking the teacher in every run; None where reading is no faster than the teacher."""
+        saved = 1 / self.forward - 1 / self.read
+        return math.floor(1 / self.extract / saved) + 1 if saved > 0 else None
+
+
+@dataclass(frozen=True)
 class Plan:
-    """Sizes in bytes, `query_bytes` a part of `store_bytes`; speeds in tokens a second, of the teacher alone, of the
-    extraction and of reading the store."""
+    """Sizes in bytes, `query_bytes` a part of `store_bytes`; no rates where the few samples to measure them on do not
+    fit on the disk."""
 
     samples: int
     tokens: int
@@ -40,31 +56,24 @@ class Plan:
     query_bytes: int
     raw_bytes: int
     free_bytes: int
-    forward_rate: float
-    extract_rate: float
-    read_rate: float
+    rates: Rates | None
 
     @property
     def fits(self) -> bool:
         return self.store_bytes <= self.free_bytes
-
-    @property
-    def break_even(self) -> int | None:
-        """The least number of runs, one teacher pass each, for which extracting once and reading in every run costs
-        less than asking the teacher in every run; None where reading is no faster than the teacher."""
-        saved = 1 / self.forward_rate - 1 / self.read_rate
-        return math.floor(1 / self.extract_rate / saved) + 1 if saved > 0 else None
 
 
 def make_plan(config: ExtractConfig, progress: Progress | None = None) -> Plan:
     """Count and measure. Nothing is left on the disk. Raises what `extract` raises."""
     folder = require_folder(config.store)
     prepared = prepare(config)
-    table, sampled = sample_table(prepared), prepared.first(MEASURED_TOKENS)
-    with progress or progress_bar() as bar, tempfile.TemporaryDirectory(dir=folder, prefix=".kvpipe-plan-") as scratch:
-        part = replace(config, store=Path(scratch) / "part.zarr")
-        require_space(config.store, sample_table(sampled).stored_bytes(prepared.geometry, config.codec))
-        forward, extract, read = _rates(part, sampled, bar)
+    table, free_bytes = sample_table(prepared), shutil.disk_usage(folder).free
+    sampled = prepared.first(MEASURED_TOKENS)
+    rates = None
+    if sample_table(sampled).stored_bytes(prepared.geometry, config.codec) <= free_bytes:
+        scratch = tempfile.TemporaryDirectory(dir=folder, prefix=".kvpipe-plan-")
+        with progress or progress_bar() as bar, scratch as inside:
+            rates = _rates(replace(config, store=Path(inside) / "part.zarr"), sampled, bar)
     without = replace(prepared.geometry, num_query_heads=0)
     store_bytes = table.stored_bytes(prepared.geometry, config.codec)
     return Plan(
@@ -74,22 +83,20 @@ def make_plan(config: ExtractConfig, progress: Progress | None = None) -> Plan:
         store_bytes=store_bytes,
         query_bytes=store_bytes - table.stored_bytes(without, config.codec),
         raw_bytes=stored_bytes(table.length, prepared.every_layer, "raw"),
-        free_bytes=shutil.disk_usage(folder).free,
-        forward_rate=forward,
-        extract_rate=extract,
-        read_rate=read,
+        free_bytes=free_bytes,
+        rates=rates,
     )
 
 
-def _rates(config: ExtractConfig, prepared: Prepared, bar: Progress) -> tuple[float, float, float]:
-    """Tokens a second of the bare forward, of one extraction and of reading, on the same samples."""
+def _rates(config: ExtractConfig, prepared: Prepared, bar: Progress) -> Rates:
+    """Of the bare forward, of one extraction and of reading, on the same samples."""
     store = new_store(config, prepared, sample_table(prepared))
     tokens = int(store.length.sum())
     (forward,) = in_turn([lambda: _forward(store, prepared, config.batch_size)])
     report = run_teacher(store, prepared.teacher, config.batch_size, bar)
     reader = KVReader(store)
     (read,) = in_turn([lambda: _read(reader)])
-    return tokens / forward.seconds, report.teacher_tokens / report.seconds, tokens / read.seconds
+    return Rates(tokens / forward.seconds, report.teacher_tokens / report.seconds, tokens / read.seconds)
 
 
 @torch.inference_mode()

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
-from itertools import chain
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.corpus import Corpus, load_corpus
-from ..data.sample import Segment, select_segments
+from ..data.packed_tokens import PackedTokens
+from ..data.sample import select_segments
 from ..data.tokenize import TokenizedSample, tokenize
-from ..kvcache.create import TOKEN_BLOCK, SampleTable
+from ..kvcache.create import SampleTable, json_lines
 from ..kvcache.errors import ConfigError, ModelError
 from ..kvcache.evict import NONE, kept_lengths, require_reachable
 from ..kvcache.layout import LOGICAL_DTYPES, KVGeometry, dtype_name
@@ -55,7 +56,7 @@ class Prepared:
     corpus: Corpus
     tokenizer: PreTrainedTokenizerBase
     teacher: PreTrainedModel
-    tokens: list[TokenizedSample]
+    tokens: PackedTokens
     manifest: Manifest
     every_layer: KVGeometry
     num_query_heads: int
@@ -69,13 +70,14 @@ class Prepared:
 
     def first(self, max_tokens: int) -> Prepared:
         """A part of it: of every split samples in turn, at least one, up to about `max_tokens` in all."""
-        share = max(1, int(len(self.tokens) * max_tokens / sum(map(len, self.tokens))) // len(self.corpus.splits))
-        splits = {name: members[:share] for name, members in self.corpus.splits.items()}
-        tokens, start = [], 0
-        for name, members in self.corpus.splits.items():
-            tokens += self.tokens[start : start + len(splits[name])]
-            start += len(members)
-        return replace(self, corpus=replace(self.corpus, splits=splits), tokens=tokens)
+        members = self.corpus.splits
+        share = max(1, int(max_tokens / self.tokens.length.mean()) // len(members))
+        ends = accumulate(map(len, members.values()))
+        taken = chain.from_iterable(
+            range(end - len(samples), end)[:share] for end, samples in zip(ends, members.values(), strict=True)
+        )
+        corpus = replace(self.corpus, splits={name: samples[:share] for name, samples in members.items()})
+        return replace(self, corpus=corpus, tokens=PackedTokens.of(map(self.tokens.__getitem__, taken)))
 
     @property
     def evicts(self) -> bool:
@@ -85,7 +87,7 @@ class Prepared:
     @property
     def truncated(self) -> int:
         """Samples that were cut at the manifest's `max_tokens`."""
-        return sum(sample.truncated for sample in self.tokens)
+        return int(self.tokens.truncated.sum())
 
 
 def prepare(config: ExtractConfig) -> Prepared:
@@ -96,7 +98,7 @@ def prepare(config: ExtractConfig) -> Prepared:
     tokenizer = load_tokenizer(config.model, **source)
     teacher = load_teacher(config.model, dtype=dtype, device=device, **source)
     max_tokens = _max_tokens(config.max_tokens, teacher)
-    tokens = list(tokenize(chain.from_iterable(corpus.splits.values()), tokenizer, max_tokens))
+    tokens = PackedTokens.of(tokenize(corpus.samples(), tokenizer, max_tokens))
     _require_vocabulary(teacher, tokens)
     manifest = _manifest(config, teacher, tokenizer, corpus, max_tokens)
     if config.reasoning == "dataset":
@@ -106,36 +108,30 @@ def prepare(config: ExtractConfig) -> Prepared:
     return Prepared(corpus, tokenizer, teacher, tokens, manifest, *_probe(teacher, tokens[0], manifest))
 
 
-def require_kept(tokens: Sequence[TokenizedSample], manifest: Manifest) -> None:
+def require_kept(tokens: PackedTokens, manifest: Manifest) -> None:
     """Raise ConfigError where no sample has a token that may be kept, or none reaches the budget."""
-    longest = max(int(eligible_tokens(sample.segment_ids, manifest.segments).sum()) for sample in tokens)
-    require_reachable(manifest.budget, longest)
+    require_reachable(manifest.budget, int(_eligible_lengths(tokens, manifest).max()))
+
+
+def _eligible_lengths(tokens: PackedTokens, manifest: Manifest) -> NDArray[np.int32]:
+    """Tokens of every sample whose KV may be kept."""
+    eligible = eligible_tokens(tokens.segment_ids, manifest.segments)
+    return np.add.reduceat(eligible, tokens.starts, dtype=np.int32)
 
 
 def sample_table(prepared: Prepared) -> SampleTable:
     """What a store keeps of the samples beside their KV."""
-    corpus, tokens = prepared.corpus, prepared.tokens
-    names = tuple(corpus.splits)
-    samples = [(names.index(split), sample) for split, members in corpus.splits.items() for sample in members]
-    length = np.array([len(t) for t in tokens], dtype=np.int32)
-    shape = (len(tokens), -(-int(length.max()) // TOKEN_BLOCK) * TOKEN_BLOCK)
-    table = SampleTable(
-        records=[asdict(sample) for _, sample in samples],
-        split_names=names,
-        split=np.array([split for split, _ in samples], dtype=np.int8),
-        length=length,
-        input_ids=np.zeros(shape, np.int32),
-        segment_ids=np.full(shape, Segment.PADDING, np.int8),
-        spans=np.zeros((*shape, 2), np.int32),
+    splits, tokens, manifest = prepared.corpus.splits, prepared.tokens, prepared.manifest
+    return SampleTable(
+        text=json_lines(map(asdict, prepared.corpus.samples())),
+        split_names=tuple(splits),
+        split=np.repeat(np.arange(len(splits), dtype=np.int8), [len(members) for members in splits.values()]),
+        length=tokens.length,
+        input_ids=tokens.input_ids,
+        segment_ids=tokens.segment_ids,
+        spans=tokens.spans,
+        kv_length=kept_lengths(_eligible_lengths(tokens, manifest), manifest.budget) if prepared.evicts else None,
     )
-    for row, sample in enumerate(tokens):
-        table.input_ids[row, : len(sample)] = sample.input_ids
-        table.segment_ids[row, : len(sample)] = sample.segment_ids
-        table.spans[row, : len(sample)] = sample.spans
-    if prepared.evicts:
-        eligible = eligible_tokens(table.segment_ids, prepared.manifest.segments).sum(1, dtype=np.int32)
-        return replace(table, kv_length=kept_lengths(eligible, prepared.manifest.budget))
-    return table
 
 
 def _max_tokens(requested: int | None, teacher: PreTrainedModel) -> int:
@@ -152,9 +148,9 @@ def _max_tokens(requested: int | None, teacher: PreTrainedModel) -> int:
     return requested
 
 
-def _require_vocabulary(teacher: PreTrainedModel, tokens: list[TokenizedSample]) -> None:
+def _require_vocabulary(teacher: PreTrainedModel, tokens: PackedTokens) -> None:
     """Raise ModelError for a tokenizer that is not the teacher's own."""
-    size, largest = teacher.get_input_embeddings().num_embeddings, max(int(t.input_ids.max()) for t in tokens)
+    size, largest = teacher.get_input_embeddings().num_embeddings, int(tokens.input_ids.max())
     if largest >= size:
         raise ModelError(
             "the teacher's vocabulary is smaller than its tokenizer's",
@@ -171,7 +167,7 @@ def _manifest(
     corpus: Corpus,
     max_tokens: int,
 ) -> Manifest:
-    samples = [{"split": split, **asdict(s)} for split, members in corpus.splits.items() for s in members]
+    samples = ({"split": split, **asdict(s)} for split, members in corpus.splits.items() for s in members)
     rope = rope_parameters(teacher)
     num_layers = teacher.config.get_text_config(decoder=True).num_hidden_layers
     return Manifest(
@@ -184,7 +180,7 @@ def _manifest(
             weights_hash=hash_weights(teacher.state_dict().items()),
         ),
         tokenizer_hash=hash_tokenizer(tokenizer),
-        dataset=DatasetIdentity(corpus.name, len(samples), hash_samples(samples)),
+        dataset=DatasetIdentity(corpus.name, corpus.num_samples, hash_samples(samples)),
         dtype=dtype_name(teacher.dtype),
         key_position="post-rope" if rope else "none",
         rope=rope,

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
+from ..data.packed_tokens import PackedTokens
 from ..data.sample import Sample, Segment
 from ..data.tokenize import tokenize
 from ..kvcache.errors import ConfigError
@@ -36,8 +37,8 @@ def teachers_tokens(store: KVStore) -> StudentText:
 
 def own_tokens(store: KVStore, tokenizer: PreTrainedTokenizerBase) -> StudentText:
     """The store's text in another tokenizer, as far as the teacher read it."""
-    samples = [Sample(**record) for record in store.records]
-    tokens = list(tokenize(samples, tokenizer, NO_LIMIT))
+    samples = (Sample(**record) for record in store.records)
+    tokens = PackedTokens.of(tokenize(samples, tokenizer, NO_LIMIT))
     last = store.spans[np.arange(len(tokens)), store.length - 1]
     # A special token closes what was read whole, characters that no token holds included.
     read = np.where(last[:, 0] == last[:, 1], NO_LIMIT, store.spans[..., 1].max(1))

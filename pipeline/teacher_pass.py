@@ -66,8 +66,12 @@ def capture_samples(store: KVStore, teacher: PreTrainedModel, batch: list[int]) 
 
 
 def eligible_tokens(segment_ids: NDArray[np.int8], segments: Sequence[str]) -> NDArray[np.bool_]:
-    """Which tokens `[B, T]` are of the segments whose KV is kept."""
-    return np.isin(segment_ids, [Segment[name.upper()] for name in segments])
+    """Which tokens, of any shape, are of the segments whose KV is kept."""
+    # Not by `np.isin`, which takes eight bytes a token: there may be very many.
+    eligible = np.zeros(segment_ids.shape, np.bool_)
+    for name in segments:
+        eligible |= segment_ids == Segment[name.upper()]
+    return eligible
 
 
 Captured = tuple[Pairs, Tensor | None, Tensor | None, list[Tensor] | None]

@@ -34,7 +34,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 install_import_hook("kvpipe", "beartype.beartype")
 
 # Only now: the hook sees the modules that are imported after it.
-from kvpipe.kvcache.create import TOKEN_BLOCK, SampleTable, create_store  # noqa: E402
+from kvpipe.kvcache.create import TOKEN_BLOCK, SampleTable, create_store, json_lines  # noqa: E402
 from kvpipe.kvcache.layout import KVGeometry, take_tokens  # noqa: E402
 from kvpipe.kvcache.manifest import DatasetIdentity, Manifest, TeacherIdentity  # noqa: E402
 from kvpipe.kvcache.store import KVStore  # noqa: E402
@@ -218,17 +218,17 @@ def every_other(kept: Sequence[int]) -> Tensor:
 
 def _sample_table(lengths: Sequence[int], records: Sequence[dict[str, Any]] | None) -> SampleTable:
     num_samples, padded = len(lengths), -(-max(lengths) // TOKEN_BLOCK) * TOKEN_BLOCK
-    real = np.arange(padded)[None] < np.asarray(lengths)[:, None]
-    tokens = np.arange(num_samples * padded, dtype=np.int32).reshape(num_samples, padded)
+    tokens = np.concatenate([np.arange(length, dtype=np.int32) + i * padded for i, length in enumerate(lengths)])
     return SampleTable(
-        records=records
-        or [{"id": str(i), "prompt": f"p{i}", "reasoning": "r", "answer": "a"} for i in range(num_samples)],
+        text=json_lines(
+            records or [{"id": str(i), "prompt": f"p{i}", "reasoning": "r", "answer": "a"} for i in range(num_samples)]
+        ),
         split_names=("train", "test"),
         split=(np.arange(num_samples) % 2).astype(np.int8),
         length=np.asarray(lengths, np.int32),
-        input_ids=np.where(real, tokens % 50 + 1, 0).astype(np.int32),
-        segment_ids=np.where(real, 1, -1).astype(np.int8),
-        spans=np.repeat(np.where(real, tokens, 0)[..., None], 2, axis=2).astype(np.int32),
+        input_ids=tokens % 50 + 1,
+        segment_ids=np.ones(len(tokens), np.int8),
+        spans=np.repeat(tokens[:, None], 2, axis=1),
     )
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812 - the name everybody uses
-from kvpipe.kvcache.create import SampleTable, create_store
+from kvpipe.kvcache.create import SampleTable, create_store, json_lines
 from kvpipe.kvcache.layout import KVGeometry, take_tokens
 from kvpipe.kvcache.manifest import SCHEMA_VERSION, DatasetIdentity, Manifest, TeacherIdentity
 from kvpipe.kvcache.reader import KVReader
@@ -55,7 +55,7 @@ def write_golden_store(path: Path, *, lossy: bool = False) -> KVStore:
     """A golden store at `path`: all of the KV, or `int4` of the first half of every sample with its queries. The bytes
     of these and of the ledger are the same on every machine."""
     real = np.arange(TOKENS)[None] < np.array(LENGTHS)[:, None]
-    tokens = np.arange(len(LENGTHS) * TOKENS).reshape(len(LENGTHS), TOKENS)
+    tokens = np.arange(len(LENGTHS) * TOKENS).reshape(len(LENGTHS), TOKENS)[real]
     manifest = Manifest(
         schema_version=SCHEMA_VERSION,
         teacher=TeacherIdentity("golden", "main", 2, "0" * 64, "1" * 64),
@@ -75,13 +75,13 @@ def write_golden_store(path: Path, *, lossy: bool = False) -> KVStore:
         seed=0,
     )
     table = SampleTable(
-        records=RECORDS,
+        text=json_lines(RECORDS),
         split_names=("train", "test"),
         split=np.array([0, 0, 1], np.int8),
         length=np.array(LENGTHS, np.int32),
-        input_ids=np.where(real, tokens % 97 + 1, 0).astype(np.int32),
-        segment_ids=np.where(real, tokens % 3, -1).astype(np.int8),
-        spans=np.stack([np.where(real, tokens, 0), np.where(real, tokens + 1, 0)], axis=2).astype(np.int32),
+        input_ids=(tokens % 97 + 1).astype(np.int32),
+        segment_ids=(tokens % 3).astype(np.int8),
+        spans=np.stack([tokens, tokens + 1], axis=1).astype(np.int32),
         kv_length=np.array(KEPT, np.int32) if lossy else None,
     )
     geometry = KVGeometry(LAYERS, HEADS, HEAD_DIM, torch.bfloat16, QUERY_HEADS if lossy else 0)

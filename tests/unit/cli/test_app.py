@@ -45,7 +45,33 @@ def test_a_bug_stays_a_traceback() -> None:
 )
 def test_every_kind_of_disk_error_has_its_own_remedy(error: Exception, remedy: str) -> None:
     assert app._user_error_code(error) == 2
-    assert f". {remedy}; the same command then goes on" in app._sentence(error)
+    assert app._sentence(error).endswith(f". {remedy}")
+
+
+@pytest.mark.parametrize(
+    ("command", "resumes"),
+    [
+        (["extract", "--model", "qwen"], True),
+        (["distill"], True),
+        (["repair", "x.zarr"], True),
+        (["experiment", "run", "ab.toml"], True),
+        (["experiment", "status", "ab.toml"], False),
+        (["bench", "x.zarr"], False),
+        (["verify", "extract.zarr"], False),
+        ([], False),
+    ],
+)
+def test_only_what_goes_on_where_it_stopped_says_so(
+    command: list[str], resumes: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["kvpipe", *command])
+    with pytest.raises(KeyboardInterrupt):
+        app._interrupt()
+    with pytest.raises(SystemExit, match="143"):
+        app._stop()
+    said = [*capsys.readouterr().err.splitlines(), app._sentence(OSError(28, "No space left on device", "x"))]
+    assert len(said) == 3
+    assert ["goes on where it stopped" in line for line in said] == [resumes] * 3
 
 
 def test_the_version_is_told() -> None:

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 import tensorstore
 import zarr
+from hypothesis import given
+from hypothesis import strategies as st
 from kvpipe.kvcache import side_arrays
 from kvpipe.kvcache.errors import StoreError
-from kvpipe.kvcache.side_arrays import add_array, read_array
+from kvpipe.kvcache.side_arrays import PaddedRows, add_array, read_array
 from numpy.typing import NDArray
 
 
@@ -38,6 +40,34 @@ def test_arrays_read_back_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     kvstore = {"driver": "file", "path": str(tmp_path / "file.json")}
     other = tensorstore.open({"driver": "zarr3", "kvstore": kvstore}).result()
     assert np.array_equal(other.read().result(), data)
+
+
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=9), st.integers(0, 9), st.integers(0, 9), st.booleans())
+def test_padded_rows_are_the_array_that_is_never_made(lengths: list[int], first: int, end: int, flat: bool) -> None:
+    items = np.arange(2 * sum(lengths), dtype=np.int32).reshape(-1, 2)
+    items = items[:, 0] if flat else items
+    whole, place = np.full((len(lengths), 6, *items.shape[1:]), -1, np.int32), 0
+    for row, length in enumerate(lengths):
+        whole[row, :length] = items[place : place + length]
+        place += length
+    rows = PaddedRows(items, np.array(lengths, np.int32), width=6, fill=-1)
+    assert (rows.shape, rows.dtype, len(rows)) == (whole.shape, whole.dtype, len(whole))
+    assert np.array_equal(rows[first:end], whole[first:end])
+
+
+@pytest.mark.parametrize("chunk_bytes", [16, 64, 2**22])
+def test_padded_rows_are_written_as_the_array_would_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk_bytes: int
+) -> None:
+    monkeypatch.setattr(side_arrays, "CHUNK_BYTES", chunk_bytes)
+    rows = PaddedRows(np.arange(14, dtype=np.int32), np.array([3, 1, 4, 0, 6], np.int32), width=7)
+    group = new_group(tmp_path)
+    checksum = add_array(group, "rows", rows, ("sample", "token"))
+    assert checksum == add_array(group, "whole", rows[:5], ("sample", "token"))
+    assert np.array_equal(read_array(group, "rows", checksum, (5, 7)), rows[:5])
+    files = [path.relative_to(tmp_path / "whole") for path in (tmp_path / "whole").rglob("*") if path.is_file()]
+    assert files
+    assert all((tmp_path / "rows" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes() for file in files)
 
 
 @pytest.mark.parametrize("data", [np.arange(40, dtype=np.int32), np.zeros(40, np.int32)], ids=["numbers", "zeros"])

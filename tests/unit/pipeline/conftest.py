@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from kvpipe.data.sample import Segment
-from kvpipe.kvcache.create import TOKEN_BLOCK, SampleTable, create_store
+from kvpipe.kvcache.create import TOKEN_BLOCK, SampleTable, create_store, json_lines
 from kvpipe.kvcache.layout import KVGeometry, dtype_name
 from kvpipe.kvcache.manifest import DatasetIdentity, Manifest, TeacherIdentity
 from kvpipe.kvcache.store import KVStore
@@ -121,23 +121,22 @@ def make_segmented_store(
 
 
 def _table(lengths: list[int], prompt: int, seed: int) -> SampleTable:
-    count, width = len(lengths), -(-max(lengths) // TOKEN_BLOCK) * TOKEN_BLOCK
-    rng = np.random.default_rng(seed)
-    input_ids = np.zeros((count, width), np.int32)
-    segment_ids = np.full((count, width), Segment.PADDING, np.int8)
-    for row, length in enumerate(lengths):
-        input_ids[row, :length] = rng.integers(2, VOCABULARY, length)
-        segment_ids[row, :length] = Segment.REASONING
-        segment_ids[row, max(0, length - 2) : length] = Segment.ANSWER
-        segment_ids[row, : min(prompt, length)] = Segment.PROMPT
+    count, rng = len(lengths), np.random.default_rng(seed)
+    input_ids = np.concatenate([rng.integers(2, VOCABULARY, length) for length in lengths]).astype(np.int32)
+    segment_ids = [np.full(length, Segment.REASONING, np.int8) for length in lengths]
+    for segments in segment_ids:
+        segments[-2:] = Segment.ANSWER
+        segments[:prompt] = Segment.PROMPT
     return SampleTable(
-        records=[{"id": f"s/{i}", "prompt": f"p{i}", "reasoning": f"r{i}", "answer": f"w{i}"} for i in range(count)],
+        text=json_lines(
+            {"id": f"s/{i}", "prompt": f"p{i}", "reasoning": f"r{i}", "answer": f"w{i}"} for i in range(count)
+        ),
         split_names=("train", "validation", "test"),
         split=np.array([{3: 1, 4: 2}.get(i % 5, 0) for i in range(count)], np.int8),
         length=np.asarray(lengths, np.int32),
         input_ids=input_ids,
-        segment_ids=segment_ids,
-        spans=np.zeros((count, width, 2), np.int32),
+        segment_ids=np.concatenate(segment_ids),
+        spans=np.zeros((len(input_ids), 2), np.int32),
     )
 
 
