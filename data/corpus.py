@@ -48,7 +48,7 @@ def load_corpus(dataset: str, num_train: int | None, num_held_out: int, seed: in
     """
     if (num_train is not None and num_train < 1) or num_held_out < 1:
         option, found = ("--eval-samples", num_held_out) if num_held_out < 1 else ("--samples", num_train)
-        raise DataError(f"{option}: expected at least 1, found {found}")
+        raise DataError(option, expected="at least 1", found=found, remedy=f"Mend {option}")
     if dataset in BUILTIN_DATASETS:
         sizes = {"train": num_train or BUILTIN_TRAIN_SAMPLES, **dict.fromkeys(HELD_OUT, num_held_out)}
         style = BUILTIN_DATASETS[dataset]
@@ -67,17 +67,24 @@ def read_jsonl(path: Path) -> list[Sample]:
                 if line.strip()
             ]
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}: expected UTF-8 text, found byte {error.object[error.start]:#04x}") from error
+        found = f"byte {error.object[error.start]:#04x}"
+        raise DataError(path, expected="UTF-8 text", found=found, remedy="Convert the file to UTF-8") from error
     except (FileNotFoundError, IsADirectoryError) as error:
-        raise DataError(f"expected a .jsonl file, found nothing to read at {path}") from error
+        raise DataError(
+            path, expected="a .jsonl file", found="nothing to read", remedy="Name a file that is there with --dataset"
+        ) from error
 
 
 def _parse_line(line: str, where: str, default_id: str) -> Sample:
     try:
         row = json.loads(line, object_pairs_hook=_without_duplicates)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: expected a JSON object, found {line.strip()[:40]!r} ({error})") from error
+        raise _refused(where, "a JSON object", f"{line.strip()[:40]!r} ({error})") from error
     return parse_row(row, where, default_id)
+
+
+def _refused(where: str, expected: str, found: str) -> DataError:
+    return DataError(where, expected=expected, found=found, remedy="Mend it, or leave it out")
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -93,27 +100,27 @@ def parse_row(row: Any, where: str, default_id: str) -> Sample:
     """One sample from a mapping with prompt/reasoning/answer, question/answer (`#### ` before the final
     answer, as in GSM8K), or text. Raises DataError saying `where` for anything else."""
     if not isinstance(row, Mapping):
-        raise DataError(f"{where}: expected a JSON object, found {type(row).__name__}")
+        raise _refused(where, "a JSON object", type(row).__name__)
     row = {name: value for name, value in row.items() if value is not None}
     if "prompt" in row:
         prompt, reasoning, answer = row["prompt"], row.get("reasoning", ""), row.get("answer", "")
     elif "question" in row and "answer" in row:
         if not isinstance(row["answer"], str):
-            raise DataError(f"{where}: expected answer to be text, found {row['answer']!r:.40}")
+            raise _refused(where, "answer to be text", f"{row['answer']!r:.40}")
         reasoning, _, answer = row["answer"].rpartition(ANSWER_MARK)
         prompt, reasoning = row["question"], reasoning.rstrip("\n")
     elif "text" in row:
         prompt, reasoning, answer = "", row["text"], ""
     else:
-        raise DataError(f"{where}: expected the fields {FIELDS}, found {', '.join(sorted(row)) or 'none'}")
+        raise _refused(where, f"the fields {FIELDS}", ", ".join(sorted(row)) or "none")
     texts = {"prompt": prompt, "reasoning": reasoning, "answer": answer}
     for name, text in texts.items():
         if not isinstance(text, str) or (name == "answer" and "\n" in text):
-            raise DataError(f"{where}: expected {name} to be text (an answer on one line), found {text!r:.40}")
+            raise _refused(where, f"{name} to be text (an answer on one line)", f"{text!r:.40}")
         if not _is_unicode(text):
-            raise DataError(f"{where}: expected {name} to be Unicode text, found half of a surrogate pair")
+            raise _refused(where, f"{name} to be Unicode text", "half of a surrogate pair")
     if not (prompt or reasoning):
-        raise DataError(f"{where}: expected some text, found an empty sample")
+        raise _refused(where, "some text", "an empty sample")
     return Sample(str(row.get("id", default_id)), **texts)
 
 
@@ -127,20 +134,29 @@ def _is_unicode(text: str) -> bool:
 
 def _read_hub(name: str) -> list[Sample]:
     if Path(name).exists():
-        raise DataError(f"{name}: expected a file that ends in .jsonl, with a JSON object a line, found another")
+        raise DataError(
+            name,
+            expected="a file that ends in .jsonl, with a JSON object a line",
+            found="another",
+            remedy="Convert it, or name another with --dataset",
+        )
     try:
         from datasets import load_dataset
     except ImportError as error:
         raise DataError(
-            f"{name!r}: expected {', '.join(BUILTIN_DATASETS)}, a .jsonl path, or a Hub data set, which needs "
-            "`pip install kvpipe[hub]`, found no such package"
+            repr(name),
+            expected=f"{', '.join(BUILTIN_DATASETS)}, a .jsonl path, or a Hub data set, which needs more packages",
+            found="none of these",
+            remedy="Mend --dataset, or `pip install 'kvpipe[hub]'`",
         ) from error
     try:
         rows: Iterable[Any] = load_dataset(name, split="train")
     except (OSError, ValueError) as error:
         raise DataError(
-            f"{name!r}: expected {', '.join(BUILTIN_DATASETS)}, a .jsonl path or a reachable Hub data set, found "
-            f"{error}"
+            repr(name),
+            expected=f"{', '.join(BUILTIN_DATASETS)}, a .jsonl path or a reachable Hub data set",
+            found=error,
+            remedy="Mend --dataset, or reach the Hub",
         ) from error
     return [parse_row(row, f"{name}, row {i}", f"{name}/{i:06d}") for i, row in enumerate(rows)]
 
@@ -149,7 +165,12 @@ def _split(samples: list[Sample], num_train: int | None, num_held_out: int, data
     """Hold out a tenth at most for each of validation and test, by a hash of the prompt: the choice does not
     depend on the order of the file, and samples with one prompt stay together."""
     if len(samples) < 3:
-        raise DataError(f"{dataset}: expected at least 3 samples (train, validation, test), found {len(samples)}")
+        raise DataError(
+            dataset,
+            expected="at least 3 samples (train, validation, test)",
+            found=len(samples),
+            remedy="Add some, or name another with --dataset",
+        )
     by_prompt: dict[str, list[Sample]] = {}
     for sample in samples:
         by_prompt.setdefault(sample.prompt or sample.text, []).append(sample)
@@ -168,5 +189,10 @@ def _split(samples: list[Sample], num_train: int | None, num_held_out: int, data
     splits["train"] = splits["train"][:num_train]
     for split, members in splits.items():
         if not members:
-            raise DataError(f"{dataset}: expected different prompts for every split, found none left for {split}")
+            raise DataError(
+                dataset,
+                expected="different prompts for every split",
+                found=f"none left for {split}",
+                remedy="Add samples with other prompts, or lower --eval-samples",
+            )
     return splits

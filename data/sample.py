@@ -25,9 +25,8 @@ def select_segments(text: str) -> tuple[str, ...]:
     names = [segment.name.lower() for segment in Segment if segment != Segment.PADDING]
     wanted = names if text == "all" else [name.strip() for name in text.split(",")]
     if unknown := [name for name in wanted if name not in names]:
-        raise DataError(
-            f"--segments: expected all, or some of {', '.join(names)}; found {unknown[0] or 'nothing'}. Mend --segments"
-        )
+        expected = f"all, or some of {', '.join(names)}"
+        raise DataError("--segments", expected=expected, found=unknown[0] or "nothing", remedy="Mend --segments")
     return tuple(name for name in names if name in wanted)
 
 

@@ -41,8 +41,12 @@ def tokenize(
     sample without a single token.
     """
     if not tokenizer.is_fast:
-        found = type(tokenizer).__name__
-        raise DataError(f"expected a tokenizer with character offsets (a fast one), found {found}")
+        raise DataError(
+            "tokenizer",
+            expected="one with character offsets (a fast one)",
+            found=type(tokenizer).__name__,
+            remedy="Put a tokenizer.json beside the model",
+        )
     samples = iter(samples)
     while block := list(islice(samples, chunk)):
         encoded = tokenizer([s.text for s in block], return_offsets_mapping=True, verbose=False)
@@ -56,7 +60,12 @@ def _with_segments(
     if eos_token_id is not None and (not ids or ids[-1] != eos_token_id):
         ids, spans = [*ids, eos_token_id], [*spans, (0, 0)]
     if not ids:
-        raise DataError(f"{sample.id}: expected text with at least one token, found {sample.text[:40]!r}")
+        raise DataError(
+            sample.id,
+            expected="text with at least one token",
+            found=repr(sample.text[:40]),
+            remedy="Leave the sample out, or mend the tokenizer",
+        )
     spans = _place_special_tokens(spans)
     segments = [segment for segment, _ in sample.parts()]
     ends = list(accumulate(len(part) for _, part in sample.parts()))

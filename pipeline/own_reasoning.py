@@ -47,9 +47,10 @@ def with_own_reasoning(prepared: Prepared, config: ExtractConfig, progress: Prog
         splits[name] = right if config.wrong_answers == "drop" else solved
         if not splits[name]:
             raise DataError(
-                f"{config.dataset}: expected {name} problems that the teacher solves (its answer after "
-                f"{ANSWER_MARK!r}), found none among {len(problems)}. Choose --wrong-answers keep, more "
-                "--max-new-tokens, or another teacher"
+                config.dataset,
+                expected=f"{name} problems that the teacher solves (its answer after {ANSWER_MARK!r})",
+                found=f"none among {len(problems)}",
+                remedy="Choose --wrong-answers keep, more --max-new-tokens, or another teacher",
             )
     own = Corpus(corpus.name, splits)
     tokens = PackedTokens.of(tokenize(own.samples(), prepared.tokenizer, prepared.manifest.max_tokens))
@@ -61,8 +62,10 @@ def _require_problems(corpus: Corpus) -> None:
     for sample in corpus.samples():
         if not (sample.prompt and sample.answer):
             raise DataError(
-                f"{sample.id}: expected a prompt and an answer, which --reasoning teacher goes by, found "
-                f"no {'answer' if sample.prompt else 'prompt'}"
+                sample.id,
+                expected="a prompt and an answer, which --reasoning teacher goes by",
+                found=f"no {'answer' if sample.prompt else 'prompt'}",
+                remedy="Leave it out, or choose --reasoning dataset",
             )
 
 

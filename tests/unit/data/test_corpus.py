@@ -100,7 +100,8 @@ def test_a_row_may_name_its_sample() -> None:
 def test_other_rows_are_refused_where_they_stand(row: object, message: str) -> None:
     with pytest.raises(DataError, match=message) as caught:
         parse_row(row, "numbers.jsonl, line 3", "x/1")
-    assert str(caught.value).startswith("numbers.jsonl, line 3: ")
+    assert str(caught.value).startswith("numbers.jsonl, line 3: expected ")
+    assert str(caught.value).endswith(". Mend it, or leave it out")
     assert "\n" not in str(caught.value)
 
 
@@ -167,10 +168,10 @@ def test_a_file_in_another_encoding_is_refused(write: Write) -> None:
 
 
 def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"nothing to read at .*none\.jsonl"):
+    with pytest.raises(DataError, match=r"none\.jsonl: expected a .jsonl file, found nothing to read\. Name"):
         load_corpus(str(tmp_path / "none.jsonl"), None, 1, 0)
     (tmp_path / "folder.jsonl").mkdir()
-    with pytest.raises(DataError, match="nothing to read at"):
+    with pytest.raises(DataError, match="found nothing to read"):
         load_corpus(str(tmp_path / "folder.jsonl"), None, 1, 0)
 
 
@@ -276,7 +277,7 @@ def test_the_built_in_problems_need_no_file() -> None:
 def test_a_hub_data_set_without_the_package_for_it_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(
-        DataError, match=r"'nobody/numbers': expected word-problems, .*`pip install kvpipe\[hub\]"
+        DataError, match=r"'nobody/numbers': expected word-problems, .*`pip install 'kvpipe\[hub\]'"
     ) as caught:
         load_corpus("nobody/numbers", None, 1, 0)
     assert "\n" not in str(caught.value)

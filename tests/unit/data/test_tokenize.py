@@ -158,7 +158,7 @@ def test_a_tokenizer_without_offsets_is_refused() -> None:
         def get_vocab(self) -> dict[str, int]:
             return {"a": 0}
 
-    with pytest.raises(DataError, match=r"expected a tokenizer with character offsets .*, found Slow"):
+    with pytest.raises(DataError, match=r"tokenizer: expected one with character offsets .*, found Slow"):
         next(tokenize([Sample("0", "a", "", "")], Slow(), 8))
 
 
