@@ -40,7 +40,8 @@ Dtype = Annotated[
 ]
 Device = Annotated[str, typer.Option("--device", help="auto (CUDA where there is one), cpu, cuda or cuda:N.")]
 CodecName = Annotated[
-    str, typer.Option("--codec", help="How KV is kept: raw (exact), or lossy in fewer bits: fp8, int8, int4, int2.")
+    str,
+    typer.Option("--codec", help="How KV is kept: raw (exact), or lossy in fewer bits: fp8, int8, int4, int3, int2."),
 ]
 Layers = Annotated[
     str,

@@ -87,11 +87,17 @@ class Scaled(Codec):
     bits: int
     scales_per_group: int
 
+    @property
+    def _group(self) -> tuple[int, int]:
+        """The least number of codes that fill whole bytes, and these bytes."""
+        divisor = math.gcd(self.bits, 8)
+        return 8 // divisor, self.bits // divisor
+
     def packed(self, head_dim: int) -> int:
         if head_dim * self.bits % 8:
             raise ConfigError(
                 f"{self.name} cannot pack this head dimension",
-                expected=f"a multiple of {8 // self.bits}",
+                expected=f"a multiple of {self._group[0]}",
                 found=head_dim,
                 remedy="Choose another --codec",
             )
@@ -134,19 +140,29 @@ class Scaled(Codec):
 
     def _pack(self, codes: UInt8[Tensor, "... D"]) -> UInt8[Tensor, "... packed"]:
         """The first channel in the lowest bits of the first byte."""
-        count = 8 // self.bits
-        grouped = codes.unflatten(-1, (-1, count))
-        packed = grouped[..., 0].clone()
-        for place in range(1, count):
-            packed |= grouped[..., place] << (place * self.bits)
-        return packed
+        count, num_bytes = self._group
+        word = _shifted_sum(codes if num_bytes == 1 else codes.int(), count, self.bits)
+        return word if num_bytes == 1 else _cut(word, num_bytes, 8)
 
     def _unpack(self, packed: UInt8[Tensor, "... packed"]) -> UInt8[Tensor, "... D"]:
-        count = 8 // self.bits
-        if count == 1:
-            return packed
-        places = [packed >> (place * self.bits) & (2**self.bits - 1) for place in range(count)]
-        return torch.stack(places, dim=-1).flatten(-2)
+        count, num_bytes = self._group
+        word = packed if num_bytes == 1 else _shifted_sum(packed.int(), num_bytes, 8)
+        return word if count == 1 else _cut(word, count, self.bits)
+
+
+def _shifted_sum(items: Shaped[Tensor, "... items"], count: int, bits: int) -> Shaped[Tensor, "... words"]:
+    """Every `count` items of so many bits as one number, the first in its lowest bits."""
+    grouped = items.unflatten(-1, (-1, count))
+    word = grouped[..., 0].clone()
+    for place in range(1, count):
+        word |= grouped[..., place] << (place * bits)
+    return word
+
+
+def _cut(words: Shaped[Tensor, "... words"], count: int, bits: int) -> UInt8[Tensor, "... items"]:
+    """The inverse."""
+    items = [(words >> (place * bits) & (2**bits - 1)).to(torch.uint8) for place in range(count)]
+    return torch.stack(items, dim=-1).flatten(-2)
 
 
 class Integer(Scaled):
@@ -194,7 +210,7 @@ class Float8(Scaled):
         return codes.contiguous().view(torch.float8_e4m3fn).float() * scales[0]
 
 
-CODECS: dict[str, Codec] = {codec.name: codec for codec in (Raw(), Float8(), Integer(8), Integer(4), Integer(2))}
+CODECS: dict[str, Codec] = {codec.name: codec for codec in (Raw(), Float8(), *map(Integer, (8, 4, 3, 2)))}
 
 
 def require_codec(name: str) -> Codec:

@@ -52,7 +52,7 @@ def test_raw_keeps_every_bit(dtype: torch.dtype) -> None:
     assert torch.equal(CODECS["raw"].decode([stored], dtype).view(torch.uint8), chunks.view(torch.uint8))
 
 
-@given(seed=st.integers(0, 100), scale=st.sampled_from([1e-3, 1.0, 100.0]), bits=st.sampled_from([2, 4, 8]))
+@given(seed=st.integers(0, 100), scale=st.sampled_from([1e-3, 1.0, 100.0]), bits=st.sampled_from([2, 3, 4, 8]))
 def test_an_integer_code_is_off_by_half_a_step_at_most(seed: int, scale: float, bits: int) -> None:
     """A step is the group's span by the number of steps; rounding its two scales to float16 adds a little."""
     codec, chunks = Integer(bits), chunks_of(seed, scale=scale)
@@ -89,6 +89,19 @@ def test_packed_codes_lie_where_the_documents_say() -> None:
     codes, _ = CODECS["int4"].encode(torch.arange(8.0).repeat(1, 1, 2, 1, 4, 1) * 15 / 7)
     low, high = codes[0, 0, 1, 0, 0, 0] & 15, codes[0, 0, 1, 0, 0, 0] >> 4
     assert (int(low), int(high)) == (0, 2)
+    codes, _ = CODECS["int3"].encode(torch.arange(8.0).repeat(1, 1, 2, 1, 4, 1))
+    assert codes[0, 0, 1, 0, 0].tolist() == list(sum(code << 3 * code for code in range(8)).to_bytes(3, "little"))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@given(seed=st.integers(0, 2**31))
+def test_codes_are_unpacked_as_they_were_packed(bits: int, seed: int) -> None:
+    codec, rng = Integer(bits), np.random.default_rng(seed)
+    codes = torch.from_numpy(rng.integers(0, 2**bits, (3, 2, 16), np.uint8))
+    packed = codec._pack(codes)
+    assert packed.shape == (3, 2, codec.packed(16))
+    assert packed.dtype == torch.uint8
+    assert torch.equal(codec._unpack(packed), codes)
 
 
 @pytest.mark.parametrize("name", LOSSY)
@@ -111,12 +124,14 @@ def test_keys_of_an_outlying_channel_leave_the_others_alone() -> None:
     assert torch.equal(found[0][..., others], found[1][..., others])
 
 
-@pytest.mark.parametrize(("name", "head_dim"), [("int4", 5), ("int2", 6)])
-def test_a_head_that_cannot_be_packed_is_refused(name: str, head_dim: int) -> None:
-    with pytest.raises(ConfigError, match=rf"{name} cannot pack .* found {head_dim}\. Choose another --codec"):
+@pytest.mark.parametrize(("name", "head_dim", "multiple"), [("int4", 5, 2), ("int3", 12, 8), ("int2", 6, 4)])
+def test_a_head_that_cannot_be_packed_is_refused(name: str, head_dim: int, multiple: int) -> None:
+    with pytest.raises(
+        ConfigError, match=rf"{name} cannot pack .* a multiple of {multiple}, found {head_dim}\. Choose"
+    ):
         CODECS[name].parts(KVGeometry(1, 1, head_dim, torch.bfloat16), 32)
 
 
 def test_an_unknown_codec_is_refused() -> None:
-    with pytest.raises(ConfigError, match="unknown codec: expected raw, fp8, int8, int4, int2, found zip"):
+    with pytest.raises(ConfigError, match="unknown codec: expected raw, fp8, int8, int4, int3, int2, found zip"):
         require_codec("zip")

@@ -20,6 +20,7 @@ STORES: dict[str, dict[str, Any]] = {
     "int4": {"codec": "int4"},
     "fp8": {"codec": "fp8"},
     "evicted": {"kept": [33, 2, 10, 0, 1]},
+    "int3": {"codec": "int3", "head_dim": 8},
     "int2, evicted": {"codec": "int2", "kept": [33, 2, 10, 0, 1]},
     "queries": {"query_heads": 4},
     "fp8, evicted, queries": {"codec": "fp8", "kept": [33, 2, 10, 0, 1], "query_heads": 2},

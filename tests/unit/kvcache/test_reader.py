@@ -59,7 +59,9 @@ def test_every_dtype(make_store: MakeStore, dtype: torch.dtype) -> None:
     assert torch.equal(found, kv[:, :, [2, 0, 1], :, :40])
 
 
-@pytest.mark.parametrize(("codec", "error"), [("fp8", 0.03), ("int8", 0.01), ("int4", 0.1), ("int2", 0.5)])
+@pytest.mark.parametrize(
+    ("codec", "error"), [("fp8", 0.03), ("int8", 0.01), ("int4", 0.1), ("int3", 0.25), ("int2", 0.5)]
+)
 def test_every_lossy_codec(make_store: MakeStore, codec: str, error: float) -> None:
     """Near what was written, the same whatever is read with it, and zero past a sample's end."""
     store, kv = make_store(LENGTHS, samples_per_shard=3, codec=codec, head_dim=8, dtype=torch.float32)

@@ -17,7 +17,7 @@ from kvpipe.pipeline.extract_config import ExtractConfig
         *(({name: 0}, f"^{name}: expected at least 1, found 0") for name in ("samples", "eval_samples", "batch_size")),
         ({"max_shard_bytes": 0}, "^max_shard_bytes: expected at least 1"),
         ({"seed": -1}, "^seed: expected 0 or more"),
-        ({"codec": "zip"}, "^codec: expected raw, fp8, int8, int4, int2, found zip. Mend codec"),
+        ({"codec": "zip"}, "^codec: expected raw, fp8, int8, int4, int3, int2, found zip. Mend codec"),
         ({"segments": "end"}, "^segments: expected all, or some of prompt, reasoning, answer, found 'end'"),
         ({"evict": "rvk", "budget": 0.5}, "^evict: expected none, right-crop, random, rkv, found rvk"),
         ({"evict": "rkv"}, "^budget: expected both evict and budget, or neither, found evict rkv with no budget"),
