@@ -8,6 +8,7 @@ import re
 import signal
 import sys
 import threading
+from contextlib import suppress
 from importlib import metadata
 
 import typer
@@ -92,13 +93,19 @@ def _run() -> None:
 
 def _stop(*_: object) -> None:
     """Unwind as after Ctrl-C, so that nothing half-written stays; batch systems send SIGTERM before they kill."""
-    typer.secho(f"Stopped by SIGTERM.{_what_now()}", err=True)
+    _say(f"Stopped by SIGTERM.{_what_now()}")
     sys.exit(128 + signal.SIGTERM)
 
 
 def _interrupt(*_: object) -> None:
-    typer.secho(f"Interrupted.{_what_now()}", err=True)
+    _say(f"Interrupted.{_what_now()}")
     raise KeyboardInterrupt
+
+
+def _say(sentence: str) -> None:
+    # Ctrl-C in a pipeline takes those who would read it as well.
+    with suppress(OSError):
+        typer.secho(sentence, err=True)
 
 
 def _what_now() -> str:

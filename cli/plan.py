@@ -60,7 +60,7 @@ def _rows(plan: Plan, place: Path) -> dict[str, str]:
 
 def _speed_rows(rates: Rates | None, tokens: int) -> dict[str, str]:
     if rates is None:
-        return {"speeds": "not measured: not even a few samples fit"}
+        return {"speeds": "not measured: a few samples do not fit, or have nothing to keep"}
     never = "never: reading is no faster than the teacher here"
     return {
         "teacher alone": _time(tokens, rates.forward),

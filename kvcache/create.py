@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from zarr.codecs import BytesCodec, Crc32cCodec
 
 from .codec import require_codec
-from .files import PARTIAL, remove_tree
+from .files import PARTIAL, flush, remove_tree
 from .integrity import metadata_checksums, seal
 from .layout import KVGeometry, dtype_name
 from .ledger import Ledger
@@ -108,7 +108,11 @@ def create_store(
                     "metadata": metadata_checksums(building),
                 }
             )
+            # On the disk before it is there: what it was made from, a teacher's reasoning say, may be deleted then.
+            for entry in (building, *building.rglob("*")):
+                flush(entry)
             building.rename(path)
+            flush(path.parent)
         except BaseException:
             remove_tree(building)
             raise

@@ -165,7 +165,7 @@ def kept_lengths(eligible: NDArray[np.int32], budget: float | None) -> NDArray[n
         return eligible
     if budget < 1:
         # Rounded first: 100 * 0.07 is a little more than 7.
-        return np.ceil(np.round(eligible * budget, 6)).astype(np.int32)
+        return np.maximum(np.ceil(np.round(eligible * budget, 6)), eligible > 0).astype(np.int32)
     return np.minimum(eligible, int(budget)).astype(np.int32)
 
 

@@ -1,11 +1,12 @@
-"""The small arrays beside the KV: written whole, checksummed, read whole or not at all."""
+"""The arrays beside the KV: checksummed as a whole, and read whole or not at all, a chunk at a time."""
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import zarr
@@ -17,11 +18,13 @@ from .shard import crc32c
 
 CHUNK_BYTES = 2**22
 
+Room = TypeVar("Room", "NDArray[Any]", "PaddedRows")
+
 
 @dataclass(frozen=True)
 class PaddedRows:
     """Rows of `length` `[B]` items each, which lie end to end in `items` `[N, ...]`, as an array `[B, width, ...]` with
-    `fill` past every row's end. A part of it is made when it is asked for, never the whole."""
+    `fill` past every row's end. Runs of rows are read and written like those of an array; the whole is never made."""
 
     items: NDArray[Any]
     length: NDArray[np.int32]
@@ -44,11 +47,28 @@ class PaddedRows:
         return len(self.length)
 
     def __getitem__(self, rows: slice) -> NDArray[Any]:
-        first, end, _ = rows.indices(len(self))
-        padded = np.full((end - first, *self.shape[1:]), self.fill, self.dtype)
-        real = np.arange(self.width) < self.length[first:end, None]
-        padded[real] = self.items[self._bounds[first] : self._bounds[end]]
+        places, real = self._places(rows)
+        padded = np.full((*real.shape, *self.items.shape[1:]), self.fill, self.dtype)
+        padded[real] = self.items[places]
         return padded
+
+    def __setitem__(self, rows: slice, padded: NDArray[Any]) -> None:
+        places, real = self._places(rows)
+        self.items[places] = padded[real]
+
+    def take(self, rows: Sequence[int]) -> NDArray[Any]:
+        """Some rows in any order, padded to the longest of them."""
+        padded = np.full((len(rows), int(self.length[rows].max()), *self.items.shape[1:]), self.fill, self.dtype)
+        for place, row in enumerate(rows):
+            padded[place, : self.length[row]] = self.items[self._bounds[row] : self._bounds[row + 1]]
+        return padded
+
+    def _places(self, rows: slice) -> tuple[slice, NDArray[np.bool_]]:
+        """Of a run of rows: where their items are, and where they come in the padded array."""
+        length = self.length[rows]
+        first = rows.indices(len(self))[0]
+        items = slice(self._bounds[first], self._bounds[first + len(length)])
+        return items, np.arange(self.width) < length[:, None]
 
 
 def add_array(group: zarr.Group, name: str, data: NDArray[Any] | PaddedRows, dimension_names: tuple[str, ...]) -> int:
@@ -85,18 +105,41 @@ def content_checksum(data: NDArray[Any], before: int = 0) -> int:
 def read_array(group: zarr.Group, name: str, checksum: int, shape: tuple[int, ...] | None = None) -> NDArray[Any]:
     """A whole array, of `shape` if given. Raises StoreError where any of it is missing, damaged or not what
     `add_array` gave `checksum` for, as chunks in each other's place are."""
+    return _read(group, name, checksum, shape, np.empty)
+
+
+def read_rows(
+    group: zarr.Group, name: str, checksum: int, length: NDArray[np.int32], width: int, fill: int = 0
+) -> PaddedRows:
+    """The same of an array of padded rows `[B, width]`, without the padding: one long row would make all others as
+    long."""
+
+    def room(shape: tuple[int, ...], dtype: np.dtype[Any]) -> PaddedRows:
+        return PaddedRows(np.empty(int(length.sum(dtype=np.int64)), dtype), length, width, fill)
+
+    return _read(group, name, checksum, (len(length), width), room)
+
+
+def _read(
+    group: zarr.Group,
+    name: str,
+    checksum: int,
+    shape: tuple[int, ...] | None,
+    room: Callable[[tuple[int, ...], np.dtype[Any]], Room],
+) -> Room:
     try:
         array = open_array(group, name)
         if shape is not None and array.shape != shape:
             raise ValueError(f"an array of {array.shape} instead of {shape}")
         if array.nchunks_initialized != array.nchunks:
             raise ValueError(f"{array.nchunks - array.nchunks_initialized} of {array.nchunks} chunks are missing")
-        data, found = np.empty(array.shape, array.dtype), 0
+        data, found = room(array.shape, array.dtype), 0
         # Chunk by chunk: Zarr would hold all of them beside the whole.
         for first in range(0, len(data), array.chunks[0]):
             rows = slice(first, first + array.chunks[0])
-            data[rows] = array[rows]
-            found = content_checksum(data[rows], found)
+            chunk = np.asarray(array[rows])
+            found = content_checksum(chunk, found)
+            data[rows] = chunk
         if found != checksum:
             raise ValueError("its content fails its checksum")
         return data

@@ -16,12 +16,13 @@ from numpy.typing import NDArray
 from .codec import CODECS, require_codec
 from .errors import KVPipeError, StoreError
 from .evict import NONE, POLICIES
+from .files import flush
 from .integrity import require_files, require_seal, seal
 from .layout import LOGICAL_DTYPES, KVGeometry
 from .ledger import Ledger
 from .manifest import Manifest, require_schema
 from .part import QUERIES, Part
-from .side_arrays import open_array, read_array
+from .side_arrays import PaddedRows, open_array, read_array, read_rows
 
 ATTRIBUTE = "kvpipe"
 KV_LENGTH = "kv_length"
@@ -98,7 +99,7 @@ class KVStore:
 
     def add_extraction(self, seconds: float, tokens: int, device: str, batch_size: int | None) -> None:
         """Note what a (perhaps resumed) extraction cost; not part of the store's identity."""
-        group = zarr.open_group(self.path, mode="r+")
+        group = zarr.open_group(self.path, mode="r+", zarr_format=3, use_consolidated=False)
         extraction = {
             "seconds": self.extraction["seconds"] + seconds,
             "tokens": self.extraction["tokens"] + tokens,
@@ -106,6 +107,7 @@ class KVStore:
             "batch_size": batch_size,
         }
         group.attrs[ATTRIBUTE] = seal({**group.attrs[ATTRIBUTE], "extraction": extraction})
+        flush(self.path / "zarr.json")
         self.group = group
 
     @property
@@ -167,6 +169,19 @@ class KVStore:
         return np.asarray(self.read_side_array("segment_ids", self.shape[2::2]), dtype=np.int8)
 
     @cached_property
+    def input_id_rows(self) -> PaddedRows:
+        """`input_ids` without their padding in memory."""
+        return self._rows("input_ids")
+
+    @cached_property
+    def segment_id_rows(self) -> PaddedRows:
+        """`segment_ids` without their padding in memory."""
+        return self._rows("segment_ids", fill=-1)
+
+    def _rows(self, name: str, fill: int = 0) -> PaddedRows:
+        return read_rows(self.group, name, self._checksums[name], self.length, self.shape[4], fill)
+
+    @cached_property
     def spans(self) -> NDArray[np.int32]:
         """The half-open range of characters of every token `[B, T, 2]`."""
         return np.asarray(self.read_side_array("spans", (*self.shape[2::2], 2)), dtype=np.int32)
@@ -187,6 +202,11 @@ class KVStore:
                 remedy="Extract again into a new place",
             ) from error
         return records
+
+    @property
+    def with_kv(self) -> NDArray[np.int64]:
+        """Positions of the samples that are not excluded."""
+        return np.setdiff1d(np.arange(self.num_samples), self.excluded)
 
     @cached_property
     def excluded(self) -> NDArray[np.int64]:

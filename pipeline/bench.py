@@ -52,7 +52,7 @@ def bench(path: Path, batch_size: int, progress: Progress | None = None) -> Benc
     start = time.perf_counter()
     store = KVStore.open(path)
     reader = KVReader(store)
-    samples = np.setdiff1d(np.arange(store.num_samples), store.excluded)
+    samples = store.with_kv
     require_learnable(store, "readable", samples)
     order = ShuffledBatches(samples, store.length, batch_size, 0, store.layout.samples)
     _read(reader, [next(iter(order))])

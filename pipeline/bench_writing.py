@@ -61,11 +61,12 @@ def _some_shards(store: KVStore) -> list[int]:
     token_bytes = geometry.num_layers * heads * geometry.head_dim * geometry.dtype.itemsize
     for shard in range(store.num_shards):
         samples = store.shard_samples(shard)
+        if np.isin(samples, store.excluded).any():
+            continue
         total += int(store.kv_length[samples.start : samples.stop].sum()) * token_bytes
         if found and total > MOST_BYTES:
             break
-        if not np.isin(samples, store.excluded).any():
-            found.append(shard)
+        found.append(shard)
     return found
 
 
@@ -102,6 +103,8 @@ def _write(store: KVStore, shards: list[int], batches: list[tuple[list[int], Cap
 def write_plainly(contents: list[bytes], folder: Path) -> None:
     """A file for each of them, flushed."""
     for number, content in enumerate(contents):
-        with (folder / str(number)).open("wb", buffering=0) as file:
+        # Buffered, or a file of 2 GB and more would not be written whole; a content this large passes the buffer by.
+        with (folder / str(number)).open("wb") as file:
             file.write(content)
+            file.flush()
             os.fsync(file.fileno())

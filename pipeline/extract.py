@@ -48,24 +48,28 @@ def _store_and_teacher(
     prepared = prepare(config)
     if not ranks.is_main:
         ranks.wait()
-    store = _open_or_create(config, prepared, progress)
+    if ranks.is_main and not config.store.exists():
+        _create(config, prepared, progress)
+    # Other ranks find it there, or have no folder in common with the main one.
+    store = _open(config, prepared)
     if ranks.is_main:
         _sweep(config.store)
         ranks.wait()
     return store, prepared.teacher
 
 
-def _open_or_create(config: ExtractConfig, prepared: Prepared, progress: Progress | None) -> KVStore:
-    if not config.store.exists():
-        if config.reasoning == "teacher":
-            prepared = with_own_reasoning(prepared, config, progress)
-        table = sample_table(prepared)
-        require_space(config.store, table.stored_bytes(prepared.geometry, config.codec))
-        store = new_store(config, prepared, table)
-        if config.reasoning == "teacher":
-            store.add_extraction(prepared.reasoning_seconds, 0, str(prepared.teacher.device), config.batch_size)
-        return store
-    if not (config.store / "zarr.json").is_file():
+def _create(config: ExtractConfig, prepared: Prepared, progress: Progress | None) -> None:
+    if config.reasoning == "teacher":
+        prepared = with_own_reasoning(prepared, config, progress)
+    table = sample_table(prepared)
+    require_space(config.store, table.stored_bytes(prepared.geometry, config.codec))
+    store = new_store(config, prepared, table)
+    if config.reasoning == "teacher":
+        store.add_extraction(prepared.reasoning_seconds, 0, str(prepared.teacher.device), config.batch_size)
+
+
+def _open(config: ExtractConfig, prepared: Prepared) -> KVStore:
+    if config.store.exists() and not (config.store / "zarr.json").is_file():
         raise StoreError(
             f"{config.store} is taken",
             expected="a free place, or a store to go on with",

@@ -8,11 +8,10 @@ import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from rich.progress import Progress
 
-from ..kvcache.create import stored_bytes
+from ..kvcache.create import SampleTable, stored_bytes
 from ..kvcache.reader import KVReader
 from ..kvcache.store import KVStore
 from .extract import new_store, require_folder
@@ -47,7 +46,7 @@ class Rates:
 @dataclass(frozen=True)
 class Plan:
     """Sizes in bytes, `query_bytes` a part of `store_bytes`; no rates where the few samples to measure them on do not
-    fit on the disk."""
+    fit on the disk, or have no KV to keep."""
 
     samples: int
     tokens: int
@@ -68,12 +67,12 @@ def make_plan(config: ExtractConfig, progress: Progress | None = None) -> Plan:
     folder = require_folder(config.store)
     prepared = prepare(config)
     table, free_bytes = sample_table(prepared), shutil.disk_usage(folder).free
-    sampled = prepared.first(MEASURED_TOKENS)
-    rates = None
-    if sample_table(sampled).stored_bytes(prepared.geometry, config.codec) <= free_bytes:
+    sampled, rates = prepared.first(MEASURED_TOKENS), None
+    part = sample_table(sampled)
+    if part.stored_bytes(prepared.geometry, config.codec) <= free_bytes:
         scratch = tempfile.TemporaryDirectory(dir=folder, prefix=".kvpipe-plan-")
         with progress or progress_bar() as bar, scratch as inside:
-            rates = _rates(replace(config, store=Path(inside) / "part.zarr"), sampled, bar)
+            rates = _rates(replace(config, store=Path(inside) / "part.zarr"), sampled, part, bar)
     without = replace(prepared.geometry, num_query_heads=0)
     store_bytes = table.stored_bytes(prepared.geometry, config.codec)
     return Plan(
@@ -88,15 +87,18 @@ def make_plan(config: ExtractConfig, progress: Progress | None = None) -> Plan:
     )
 
 
-def _rates(config: ExtractConfig, prepared: Prepared, bar: Progress) -> Rates:
-    """Of the bare forward, of one extraction and of reading, on the same samples."""
-    store = new_store(config, prepared, sample_table(prepared))
+def _rates(config: ExtractConfig, prepared: Prepared, table: SampleTable, bar: Progress) -> Rates | None:
+    """Of the bare forward, of one extraction and of reading, on the same samples; None where none of them has KV."""
+    store = new_store(config, prepared, table)
     tokens = int(store.length.sum())
     (forward,) = in_turn([lambda: _forward(store, prepared, config.batch_size)])
     report = run_teacher(store, prepared.teacher, config.batch_size, bar)
     reader = KVReader(store)
+    kept = int(store.length[store.with_kv].sum())
+    if not kept:
+        return None
     (read,) = in_turn([lambda: _read(reader)])
-    return Rates(tokens / forward.seconds, report.teacher_tokens / report.seconds, tokens / read.seconds)
+    return Rates(tokens / forward.seconds, report.teacher_tokens / report.seconds, kept / read.seconds)
 
 
 @torch.inference_mode()
@@ -112,7 +114,7 @@ def _forward(store: KVStore, prepared: Prepared, batch_size: int | None) -> None
 def _read(reader: KVReader) -> None:
     """All samples that have KV, in batches, as a student reads them who needs all that is there."""
     store = reader.store
-    samples = np.setdiff1d(np.arange(store.num_samples), store.excluded)
+    samples = store.with_kv
     for first in range(0, len(samples), READ_BATCH):
         batch = samples[first : first + READ_BATCH].tolist()
         reader.read(batch)

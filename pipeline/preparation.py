@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
-from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any
 
@@ -70,14 +69,11 @@ class Prepared:
 
     def first(self, max_tokens: int) -> Prepared:
         """A part of it: of every split samples in turn, at least one, up to about `max_tokens` in all."""
-        members = self.corpus.splits
-        share = max(1, int(max_tokens / self.tokens.length.mean()) // len(members))
-        ends = accumulate(map(len, members.values()))
-        taken = chain.from_iterable(
-            range(end - len(samples), end)[:share] for end, samples in zip(ends, members.values(), strict=True)
-        )
-        corpus = replace(self.corpus, splits={name: samples[:share] for name, samples in members.items()})
-        return replace(self, corpus=corpus, tokens=PackedTokens.of(map(self.tokens.__getitem__, taken)))
+        splits = self.corpus.splits
+        share = max(1, int(max_tokens / self.tokens.length.mean()) // len(splits))
+        corpus = replace(self.corpus, splits={name: members[:share] for name, members in splits.items()})
+        tokens = PackedTokens.of(tokenize(corpus.samples(), self.tokenizer, self.manifest.max_tokens))
+        return replace(self, corpus=corpus, tokens=tokens)
 
     @property
     def evicts(self) -> bool:

@@ -34,7 +34,7 @@ WINDOW_BATCHES = 8
 """Samples are grouped by length within windows of whole shards that hold about this many batches."""
 
 MAX_OPEN_SHARDS = 64
-"""Shards of a window are written side by side, each through a file handle of its own."""
+"""Shards of a window are written side by side, each through file handles of its own."""
 
 
 @dataclass(frozen=True)
@@ -59,9 +59,8 @@ def capture_kv(model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: 
 def capture_samples(store: KVStore, teacher: PreTrainedModel, batch: list[int]) -> Pairs:
     """The same of some samples of a store, padded at the end to the longest."""
     length = torch.from_numpy(store.length[batch])
-    width = int(length.max())
-    ids = torch.from_numpy(store.input_ids[batch, :width].astype(np.int64))
-    mask = (torch.arange(width)[None] < length[:, None]).long()
+    ids = torch.from_numpy(store.input_id_rows.take(batch).astype(np.int64))
+    mask = (torch.arange(ids.shape[1])[None] < length[:, None]).long()
     return capture_kv(teacher, ids.to(teacher.device), mask.to(teacher.device))
 
 
@@ -91,8 +90,7 @@ def read_samples(store: KVStore, teacher: PreTrainedModel, batch: list[int]) -> 
         return pairs, None, None, beside
     seen = queries if beside is None else [take_tokens(query, window.to(query.device)) for query in beside]
     scores = policy.scores(Observed(batch, length, pairs, store.manifest.seed, seen, window))
-    segment_ids = store.segment_ids[batch, : int(length.max())]
-    eligible = torch.from_numpy(eligible_tokens(segment_ids, store.manifest.segments))
+    eligible = torch.from_numpy(eligible_tokens(store.segment_id_rows.take(batch), store.manifest.segments))
     counts = torch.from_numpy(store.kv_length[batch])
     positions = choose_tokens(scores, eligible.to(scores.device), counts).to(teacher.device)
     finite = finite_samples(chain(*pairs, beside or []), length)
@@ -133,9 +131,9 @@ def plan_batches(
 ) -> Iterator[list[int]]:
     """The batches that fill the `missing` shards of some windows.
 
-    A batch's samples depend on the store's lengths and the batch size alone, never on what is already written or on
-    how many processes share the work: a resumed extraction repeats the very same forwards, so it ends with the very
-    same bytes.
+    A batch's samples depend on the store's lengths, the batch size and the kind of device alone, never on what is
+    already written or on how many processes share the work: a resumed extraction repeats the very same forwards, so it
+    ends with the very same bytes.
     """
     for window in windows:
         samples = range(store.shard_samples(window[0]).start, store.shard_samples(window[-1]).stop)
@@ -161,7 +159,7 @@ def run_teacher(
     windows = plan_windows(store, batch_size, teacher.device)[ranks.index :: ranks.count]
     missing = set(chain.from_iterable(windows)) - store.finished_shards()
     batches = list(plan_batches(store, windows, batch_size, teacher.device, missing))
-    total = int(sum(store.length[i] for batch in batches for i in batch))
+    total = int(store.length[list(chain.from_iterable(batches))].sum())
     task = progress.add_task("extract", total=total, status="", visible=bool(batches))
     if batches and ranks.is_main:
         # Killed or not, `repair` has to know the batches.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -19,9 +20,10 @@ EXTRACT += ["--max-shard-size", "200KB", "--store", "x.zarr"]
 LAUNCHER = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
 
 
-def start(cwd: Path, *launcher: str) -> subprocess.Popen[str]:
+def start(cwd: Path, *launcher: str, **environment: str) -> subprocess.Popen[str]:
     argv = [sys.executable, "-m", *launcher, "kvpipe.cli.app", *EXTRACT]
-    return subprocess.Popen(argv, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    given = {**os.environ, **environment}
+    return subprocess.Popen(argv, cwd=cwd, env=given, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
@@ -78,6 +80,23 @@ def test_a_job_is_refused_as_a_whole_where_another_process_writes(tmp_path: Path
     assert code != 0
     assert f"Error: another process writes x.zarr: expected no other writer, found process {os.getpid()}" in said
     assert not (tmp_path / "x.zarr").exists()
+
+
+def test_ranks_without_a_folder_in_common_are_refused(tmp_path: Path) -> None:
+    """Each would write a store of its own, with holes where the other's shards are."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        job = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1])}
+    folders = [tmp_path / "first", tmp_path / "second"]
+    for folder in folders:
+        folder.mkdir()
+    processes = [start(folder, **job, RANK=str(rank)) for rank, folder in enumerate(folders)]
+    (_, of_main), (code, said) = (finish(process) for process in processes)
+    assert code == 2, said
+    assert "Error: no KV store at x.zarr" in said
+    assert processes[0].returncode == 2, of_main
+    assert "another process of this job has failed" in of_main
+    assert list(folders[1].iterdir()) == []
 
 
 def test_commands_that_do_not_share_their_work_say_so(monkeypatch: pytest.MonkeyPatch) -> None:

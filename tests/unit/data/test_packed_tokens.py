@@ -31,8 +31,3 @@ def test_samples_come_back_as_they_were(lengths: list[int]) -> None:
             before, after = getattr(one, name), getattr(other, name)
             assert before.dtype == after.dtype
             assert np.array_equal(before, after)
-
-
-def test_a_token_takes_13_bytes() -> None:
-    packed = PackedTokens.of(tokenized(length, length) for length in range(1, 9))
-    assert sum(packed.__dict__[name].nbytes for name in ("input_ids", "segment_ids", "spans")) == 13 * 36

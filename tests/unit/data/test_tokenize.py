@@ -146,7 +146,8 @@ def test_order_survives_any_chunk() -> None:
     samples = [Sample(f"s{i}", f"Tom has {i}.", "", str(i)) for i in range(7)]
     whole = list(tokenize(samples, PLAIN, 100))
     chunked = list(tokenize(iter(samples), PLAIN, 100, chunk=3))
-    assert [len(tokens) for tokens in chunked] == [len(PLAIN(sample.text)["input_ids"]) + 1 for sample in samples]
+    ids = [[*PLAIN(sample.text)["input_ids"], PLAIN.eos_token_id] for sample in samples]
+    assert [tokens.input_ids.tolist() for tokens in chunked] == ids
     assert all(np.array_equal(a.input_ids, b.input_ids) for a, b in zip(whole, chunked, strict=True))
     assert list(tokenize([], PLAIN, 100)) == []
 

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from kvpipe.kvcache import side_arrays
 from kvpipe.kvcache.errors import StoreError
-from kvpipe.kvcache.side_arrays import PaddedRows, add_array, read_array
+from kvpipe.kvcache.side_arrays import PaddedRows, add_array, read_array, read_rows
 from numpy.typing import NDArray
 
 
@@ -53,6 +53,16 @@ def test_padded_rows_are_the_array_that_is_never_made(lengths: list[int], first:
     rows = PaddedRows(items, np.array(lengths, np.int32), width=6, fill=-1)
     assert (rows.shape, rows.dtype, len(rows)) == (whole.shape, whole.dtype, len(whole))
     assert np.array_equal(rows[first:end], whole[first:end])
+    copy = PaddedRows(np.zeros_like(items), rows.length, rows.width, rows.fill)
+    for start in range(0, len(rows), 2):
+        copy[start : start + 2] = whole[start : start + 2]
+    assert np.array_equal(copy.items, items)
+
+
+def test_rows_in_any_order_are_padded_to_the_longest_of_them() -> None:
+    rows = PaddedRows(np.arange(14, dtype=np.int32), np.array([3, 1, 4, 0, 6], np.int32), width=7, fill=-1)
+    assert rows.take([2, 0, 3, 2]).tolist() == [[4, 5, 6, 7], [0, 1, 2, -1], [-1, -1, -1, -1], [4, 5, 6, 7]]
+    assert rows.take([1]).tolist() == [[3]]
 
 
 @pytest.mark.parametrize("chunk_bytes", [16, 64, 2**22])
@@ -65,6 +75,12 @@ def test_padded_rows_are_written_as_the_array_would_be(
     checksum = add_array(group, "rows", rows, ("sample", "token"))
     assert checksum == add_array(group, "whole", rows[:5], ("sample", "token"))
     assert np.array_equal(read_array(group, "rows", checksum, (5, 7)), rows[:5])
+    found = read_rows(zarr.open_group(tmp_path, mode="r"), "rows", checksum, rows.length, 7)
+    assert np.array_equal(found.items, rows.items)
+    with pytest.raises(StoreError, match="its content fails its checksum"):
+        read_rows(group, "rows", checksum + 1, rows.length, 7)
+    with pytest.raises(StoreError, match=r"an array of \(5, 7\) instead of \(5, 8\)"):
+        read_rows(group, "rows", checksum, rows.length, 8)
     files = [path.relative_to(tmp_path / "whole") for path in (tmp_path / "whole").rglob("*") if path.is_file()]
     assert files
     assert all((tmp_path / "rows" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes() for file in files)

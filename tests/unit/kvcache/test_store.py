@@ -177,7 +177,7 @@ def test_another_logical_dtype_is_refused(make_store: MakeStore) -> None:
 
 
 @pytest.mark.parametrize(
-    ("field", "value", "kind"), [("codec", "int3", "codec"), ("eviction", "newest", "eviction policy")]
+    ("field", "value", "kind"), [("codec", "int1", "codec"), ("eviction", "newest", "eviction policy")]
 )
 def test_what_only_a_newer_version_knows_is_refused(make_store: MakeStore, field: str, value: str, kind: str) -> None:
     store, _ = make_store([5, 9])
