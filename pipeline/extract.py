@@ -48,9 +48,9 @@ def _store_and_teacher(
     prepared = prepare(config)
     if not ranks.is_main:
         ranks.wait()
-    if ranks.is_main and not config.store.exists():
+        _require_common(config.store)
+    elif not config.store.exists():
         _create(config, prepared, progress)
-    # Other ranks find it there, or have no folder in common with the main one.
     store = _open(config, prepared)
     if ranks.is_main:
         _sweep(config.store)
@@ -66,6 +66,17 @@ def _create(config: ExtractConfig, prepared: Prepared, progress: Progress | None
     store = new_store(config, prepared, table)
     if config.reasoning == "teacher":
         store.add_extraction(prepared.reasoning_seconds, 0, str(prepared.teacher.device), config.batch_size)
+
+
+def _require_common(store: Path) -> None:
+    """Raise StoreError where the main process has written its store into a folder that this one does not see."""
+    if not store.exists():
+        raise StoreError(
+            f"{store} is not there for all processes of this job",
+            expected="a folder that they share",
+            found=f"nothing at {store.absolute()}",
+            remedy="Place it on a shared disk with --store",
+        )
 
 
 def _open(config: ExtractConfig, prepared: Prepared) -> KVStore:
