@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +102,7 @@ def test_sampled_reasoning_depends_on_the_seed_alone(sampled: Callable[..., Extr
     assert len(set(texts(first))) > 20
     # The same problems: only what is sampled has another seed.
     dataset = tmp_path / "problems.jsonl"
-    dataset.write_text("".join(f"{json.dumps(vars(problem))}\n" for problem in problems()))
+    dataset.write_text("".join(f"{json.dumps(asdict(problem))}\n" for problem in problems()))
     one, other = (extract(sampled(f"seed{s}.zarr", dataset=str(dataset), seed=s), quiet).store for s in (0, 1))
     assert [record["prompt"] for record in one.records] == [record["prompt"] for record in other.records]
     assert texts(one) != texts(other)
@@ -187,7 +187,7 @@ def test_a_damaged_draft_is_none(sampled: Callable[..., ExtractConfig], line: st
 
 def test_long_prompts_silence_no_others(teacher: Path, tmp_path: Path) -> None:
     """A prompt that fills what the teacher may read leaves no room for reasoning: the others have theirs."""
-    limit, rows = 60, [vars(problem) for problem in problems()]
+    limit, rows = 60, [asdict(problem) for problem in problems()]
     lengths = {row["id"]: len(row["prompt"]) for row in rows}
     rows[0] = {**rows[0], "prompt": "Tom has 3 pens. " * 40}
     dataset = tmp_path / "problems.jsonl"
@@ -203,7 +203,7 @@ def test_long_prompts_silence_no_others(teacher: Path, tmp_path: Path) -> None:
 
 def test_problems_without_reasoning_get_some(tmp_path: Path) -> None:
     """What is kept is judged by what the teacher wrote."""
-    rows = [{**vars(problem), "reasoning": ""} for problem in problems()]
+    rows = [{**asdict(problem), "reasoning": ""} for problem in problems()]
     (tmp_path / "bare.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     options = {"dataset": str(tmp_path / "bare.jsonl"), "segments": "reasoning", "batch_size": 5}
     store = extract(config(tmp_path, **options), Progress(disable=True)).store
