@@ -20,8 +20,9 @@ from .integrity import metadata_checksums, seal
 from .layout import KVGeometry, dtype_name
 from .ledger import Ledger
 from .manifest import Manifest
+from .padded_rows import PaddedRows
 from .part import QUERIES
-from .side_arrays import PaddedRows, add_array
+from .side_arrays import add_array
 from .signals import deferred_signals
 from .store import ATTRIBUTE, KV_LENGTH, KVStore
 

@@ -21,8 +21,9 @@ from .integrity import require_files, require_seal, seal
 from .layout import LOGICAL_DTYPES, KVGeometry
 from .ledger import Ledger
 from .manifest import Manifest, require_schema
+from .padded_rows import PaddedRows
 from .part import QUERIES, Part
-from .side_arrays import PaddedRows, open_array, read_array, read_rows
+from .side_arrays import open_array, read_array, read_rows
 
 ATTRIBUTE = "kvpipe"
 KV_LENGTH = "kv_length"

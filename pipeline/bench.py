@@ -55,11 +55,11 @@ def bench(path: Path, batch_size: int, progress: Progress | None = None) -> Benc
     samples = store.with_kv
     require_learnable(store, "readable", samples)
     order = ShuffledBatches(samples, store.length, batch_size, 0, store.layout.samples)
-    _read(reader, [next(iter(order))])
+    read_all(reader, [next(iter(order))])
     first_batch = time.perf_counter() - start
     drawn = np.random.default_rng(0).permutation(samples)
     anywhere = [drawn[i : i + batch_size].tolist() for i in range(0, len(drawn), batch_size)]
-    works = (lambda: _read_plainly(store), lambda: _read(reader, order), lambda: _read(reader, anywhere))
+    works = (lambda: _read_plainly(store), lambda: read_all(reader, order), lambda: read_all(reader, anywhere))
     with progress or progress_bar() as bar:
         task = bar.add_task("bench", total=(len(works) + 2) * (PASSES + 1), status="")
         plain, stream, random = in_turn(works, lambda: bar.advance(task))
@@ -81,7 +81,8 @@ def bench(path: Path, batch_size: int, progress: Progress | None = None) -> Benc
     )
 
 
-def _read(reader: KVReader, batches: Iterable[Sequence[int]]) -> None:
+def read_all(reader: KVReader, batches: Iterable[Sequence[int]]) -> None:
+    """Read batches as a student does who needs all that is there."""
     for batch in batches:
         reader.read(batch)
         if reader.store.manifest.queries:

@@ -55,7 +55,7 @@ def find_store(store: Path | None) -> Path:
             "no single store to read",
             expected="exactly one under stores/",
             found=", ".join(map(str, found)) or "none",
-            remedy="Name one with --store, or write one with `kvpipe extract`",
+            remedy="Name one, or write one with `kvpipe extract`",
         )
     return found[0]
 

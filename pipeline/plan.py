@@ -14,8 +14,10 @@ from rich.progress import Progress
 from ..kvcache.create import SampleTable, stored_bytes
 from ..kvcache.reader import KVReader
 from ..kvcache.store import KVStore
+from .bench import read_all
 from .extract import new_store, require_folder
 from .extract_config import ExtractConfig
+from .generation import chunks
 from .preparation import Prepared, prepare, sample_table
 from .progress import progress_bar
 from .teacher_pass import capture_samples, plan_batches, plan_windows, run_teacher
@@ -97,7 +99,8 @@ def _rates(config: ExtractConfig, prepared: Prepared, table: SampleTable, bar: P
     kept = int(store.length[store.with_kv].sum())
     if not kept:
         return None
-    (read,) = in_turn([lambda: _read(reader)])
+    batches = chunks(store.with_kv.tolist(), READ_BATCH)
+    (read,) = in_turn([lambda: read_all(reader, batches)])
     return Rates(tokens / forward.seconds, report.teacher_tokens / report.seconds, kept / read.seconds)
 
 
@@ -109,14 +112,3 @@ def _forward(store: KVStore, prepared: Prepared, batch_size: int | None) -> None
         capture_samples(store, prepared.teacher, batch)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def _read(reader: KVReader) -> None:
-    """All samples that have KV, in batches, as a student reads them who needs all that is there."""
-    store = reader.store
-    samples = store.with_kv
-    for first in range(0, len(samples), READ_BATCH):
-        batch = samples[first : first + READ_BATCH].tolist()
-        reader.read(batch)
-        if store.manifest.queries:
-            reader.read_queries(batch)

@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from kvpipe.kvcache import side_arrays
 from kvpipe.kvcache.errors import StoreError
-from kvpipe.kvcache.side_arrays import PaddedRows, add_array, read_array, read_rows
+from kvpipe.kvcache.padded_rows import PaddedRows
+from kvpipe.kvcache.side_arrays import add_array, read_array, read_rows
 from numpy.typing import NDArray
 
 
