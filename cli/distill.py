@@ -232,7 +232,7 @@ def distill(
     config = DistillConfig.from_mapping(
         {field.name: given[field.name] for field in fields(DistillConfig)}, "the command line: {}".format
     )
-    stores = store or [find_store(None)]
+    stores = store or [find_store(None, "Name one with --store")]
     folder = output_dir or Path("runs") / config.name(len(stores))
     record = run(
         config,

@@ -45,8 +45,9 @@ EVAL_EVERY = 1 / 8
 """Share of the steps between two points of the learning curve."""
 
 
-def find_store(store: Path | None) -> Path:
-    """The store to read: the one named, or the only one under `stores/`."""
+def find_store(store: Path | None, remedy: str = "Name one after the command") -> Path:
+    """The store to read: the one named, or the only one under `stores/`. Raises StoreError, with what to do, where
+    there is not exactly one."""
     if store is not None:
         return store
     found = sorted(Path("stores").glob("*.zarr"))
@@ -55,7 +56,7 @@ def find_store(store: Path | None) -> Path:
             "no single store to read",
             expected="exactly one under stores/",
             found=", ".join(map(str, found)) or "none",
-            remedy="Name one, or write one with `kvpipe extract`",
+            remedy=f"{remedy}, or write one with `kvpipe extract`",
         )
     return found[0]
 

@@ -160,6 +160,7 @@ DISTILL_CASES = {
     "half its metadata": _distill("--store", "torn.zarr", says=("torn.zarr is not a KV store, or its metadata",)),
     "lost its tokens": _distill("--store", "lost.zarr", says=("input_ids in", "is damaged", "expected", "found")),
     "which store": Case(["distill"], ("expected exactly one under stores/, found none", "--store")),
+    "bench which store": Case(["bench"], ("expected exactly one under stores/, found none", "after the command")),
     "plan for no model": Case(["plan", "--model", "nosuch"], ("model 'nosuch'", "kvpipe models")),
     "plan for no codec": Case(["plan", "--model", "teacher", "--codec", "zip"], ("codec: expected raw", "found zip")),
     "bench nothing": Case(["bench", "no.zarr"], ("no KV store at no.zarr", "found nothing")),
