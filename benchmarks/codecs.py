@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from kvpipe.kvcache.codec import CODECS, Scaled
-from kvpipe.kvcache.create import TOKEN_BLOCK, stored_bytes
+from kvpipe.kvcache.create import TOKEN_BLOCK, kv_bytes
 from kvpipe.kvcache.reader import KVReader
 from kvpipe.kvcache.store import KVStore
 from kvpipe.pipeline.extract import extract
@@ -136,7 +136,7 @@ def _reading(store: KVStore) -> Callable[[], float]:
 
 
 def _size(store: KVStore) -> int:
-    return stored_bytes(store.length, store.geometry, store.codec.name)
+    return kv_bytes(store.length, store.geometry, store.codec.name)
 
 
 def _errors(store: KVStore, raw: KVStore) -> list[float]:

@@ -20,6 +20,7 @@ def bench(
     batch_size: Annotated[int, typer.Option("--batch-size", help="Samples in a batch.")] = 16,
 ) -> None:
     """Measure how fast this machine reads a store, in batches as `distill` does, beside plain reading of its files.
+    Tokens count where their KV is kept.
 
     And how fast it writes shards of it, beside plain writing of as many bytes, both flushed to the disk: into a folder
     beside the store, removed at the end.

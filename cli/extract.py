@@ -28,9 +28,7 @@ def extract(
     evict: option.Evict = "none",
     budget: option.Budget = None,
     queries: option.Queries = False,
-    max_shard_size: Annotated[
-        str, typer.Option(help="Raw KV of all layers in a shard, e.g. 64MB or 1GB. A codec makes the file smaller.")
-    ] = "64MB",
+    max_shard_size: option.MaxShardSize = "64MB",
     revision: option.Revision = None,
     trust_remote_code: option.TrustRemoteCode = False,
     reasoning: option.Reasoning = "dataset",
@@ -52,9 +50,8 @@ def extract(
     from ..pipeline.extract import extract as run
     from ..pipeline.extract_config import Reasoning, WrongAnswers
     from ..pipeline.ranks import is_main_process
-    from .parse import one_of, size_in_bytes
+    from .parse import one_of
 
-    options["max_shard_bytes"] = size_in_bytes(options.pop("max_shard_size"))
     for name, words in (("on_nonfinite", OnNonfinite), ("reasoning", Reasoning), ("wrong_answers", WrongAnswers)):
         options[name] = one_of(words, options[name], f"--{name.replace('_', '-')}")
     report = run(option.extract_config(**options))

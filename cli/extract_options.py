@@ -62,6 +62,14 @@ Budget = Annotated[
     str | None,
     typer.Option("--budget", help="With --evict: tokens kept of a sample, as a share (0.5) or a number (128)."),
 ]
+MaxShardSize = Annotated[
+    str,
+    typer.Option(
+        "--max-shard-size",
+        help="Raw KV of all layers in a shard, e.g. 64MB or 1GB. A codec makes the file smaller; a store that is there "
+        "keeps its own.",
+    ),
+]
 Queries = Annotated[
     bool,
     typer.Option("--queries", help="Keep the queries too, for KV losses that compare attention. The store is larger."),
@@ -84,11 +92,17 @@ Seed = Annotated[int, typer.Option("--seed", help="Seed of the built-in data set
 
 
 def extract_config(
-    *, model: str, store: Path | None, batch_size: str, budget: str | None, **options: Any
+    *, model: str, store: Path | None, batch_size: str, budget: str | None, max_shard_size: str, **options: Any
 ) -> ExtractConfig:
     """The extraction that a command line asks for; `options` are fields of ExtractConfig as they are."""
     from ..pipeline.extract_config import ExtractConfig, default_store
-    from .parse import batch_size_or_auto, share_or_number
+    from .parse import batch_size_or_auto, share_or_number, size_in_bytes
 
-    options |= {"batch_size": batch_size_or_auto(batch_size), "budget": share_or_number(budget)}
-    return ExtractConfig(model=model, store=store or default_store(model), **options)
+    return ExtractConfig(
+        model=model,
+        store=store or default_store(model),
+        batch_size=batch_size_or_auto(batch_size),
+        budget=share_or_number(budget),
+        max_shard_bytes=size_in_bytes(max_shard_size),
+        **options,
+    )

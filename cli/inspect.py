@@ -30,6 +30,8 @@ def inspect(
 def _shown(value: object) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{name} {_shown(item)}" for name, item in value.items())
+    if value is None:
+        return "-"
     if isinstance(value, list):
         return ", ".join(map(_shown, value))
     if isinstance(value, float):

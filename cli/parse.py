@@ -30,13 +30,12 @@ def batch_size_or_auto(text: str) -> int | None:
 
 def share_or_number(text: str | None) -> float | None:
     """`0.5` or `128` as the number that it is."""
-    if text is None:
-        return None
-    if not re.fullmatch(r"[0-9]{1,9}|0?\.[0-9]{1,9}", text):
+    try:
+        return None if text is None else float(text)
+    except ValueError as error:
         raise ConfigError(
             "no such budget", expected="a share below 1, or a number of tokens", found=text, remedy="Mend --budget"
-        )
-    return float(text)
+        ) from error
 
 
 def one_of(words: Any, word: str, option: str) -> Any:

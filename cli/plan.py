@@ -29,11 +29,12 @@ def plan(
     evict: option.Evict = "none",
     budget: option.Budget = None,
     queries: option.Queries = False,
+    max_shard_size: option.MaxShardSize = "64MB",
     revision: option.Revision = None,
     trust_remote_code: option.TrustRemoteCode = False,
     seed: option.Seed = 0,
 ) -> None:
-    """Say what `extract` with the same options will take: space, time, and after how many runs it pays off.
+    """Say what `extract` with these options will take: space, time, and after how many runs it pays off.
 
     Speeds are measured on a few samples, on this machine and where the store would lie; nothing stays there.
     """
@@ -52,7 +53,7 @@ def _rows(plan: Plan, place: Path) -> dict[str, str]:
     free = f"{_bytes(plan.free_bytes)} free: {'it fits' if plan.fits else 'it does not fit'}"
     return {
         "samples": f"{plan.samples:,}, {plan.tokens:,} tokens{cut}",
-        "bytes a token": f"{plan.store_bytes / plan.tokens:,.0f}{queries}, {share:.2f} of raw KV of all layers",
+        "bytes a token": f"{plan.store_bytes / plan.tokens:,.0f}{queries}, {share:.2f} of a raw store of all layers",
         "store": f"{_bytes(plan.store_bytes)} at {place}, {free}",
         **_speed_rows(plan.rates, plan.tokens),
     }

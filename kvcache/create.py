@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -15,13 +16,14 @@ from numpy.typing import NDArray
 from zarr.codecs import BytesCodec, Crc32cCodec
 
 from .codec import require_codec
-from .files import PARTIAL, flush, remove_tree
+from .files import PARTIAL, flush, naming, remove_tree
 from .integrity import metadata_checksums, seal
 from .layout import KVGeometry, dtype_name
 from .ledger import Ledger
 from .manifest import Manifest
 from .padded_rows import PaddedRows
 from .part import QUERIES
+from .shard import CRC_BYTES
 from .side_arrays import add_array
 from .signals import deferred_signals
 from .store import ATTRIBUTE, KV_LENGTH, KVStore
@@ -58,10 +60,19 @@ class SampleTable:
         """Tokens of the longest sample, in whole blocks."""
         return -(-int(self.length.max()) // TOKEN_BLOCK) * TOKEN_BLOCK
 
-    def stored_bytes(self, geometry: KVGeometry, codec: str) -> int:
-        """What the KV, and the queries if the geometry has any, take on disk."""
-        lengths = self.length if self.kv_length is None else self.kv_length
-        return stored_bytes(lengths, geometry, codec, evicts=self.evicts)
+    def stored_bytes(self, geometry: KVGeometry, codec: str, samples_per_shard: int) -> int:
+        """What a store of it takes on disk: KV, queries if the geometry has any, shard indices and ledger to the byte;
+        the rest, but for a tokenizer, before it is compressed."""
+        lengths, num_samples = self.length if self.kv_length is None else self.kv_length, len(self.length)
+        blocks, samples = self.width // TOKEN_BLOCK, min(samples_per_shard, num_samples)
+        parts = require_codec(codec).all_parts(geometry, TOKEN_BLOCK, evicts=self.evicts).values()
+        _, entry, dtype = Ledger.array(num_samples, samples, blocks, len(parts))
+        layouts = [part.layout(TOKEN_BLOCK, samples, blocks) for part in parts]
+        shard = sum(layout.index_bytes for layout in layouts) + math.prod(entry) * dtype.itemsize + CRC_BYTES
+        chunks = _blocks(lengths) * sum(layout.record_bytes for layout in layouts)
+        beside = self.length, self.split, self.input_ids, self.segment_ids, self.spans, self.kv_length
+        rest = len(self.text) + sum(array.nbytes for array in beside if array is not None)
+        return chunks + -(-num_samples // samples) * shard + rest
 
 
 def json_lines(records: Iterable[Mapping[str, Any]]) -> bytearray:
@@ -89,7 +100,7 @@ def create_store(
     Raises ConfigError for a codec that is unknown or cannot hold this geometry.
     """
     # Interrupted, Zarr's own threads would go on writing, and make anew what is being removed.
-    with deferred_signals():
+    with deferred_signals(), naming(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         building = path.with_name(f".{path.name}{PARTIAL}")
         remove_tree(building)
@@ -120,12 +131,15 @@ def create_store(
     return KVStore.open(path)
 
 
-def stored_bytes(lengths: NDArray[np.int32], geometry: KVGeometry, codec: str, *, evicts: bool = False) -> int:
-    """What the KV of samples of these lengths takes on disk, with their queries if the geometry has any: whole token
-    blocks."""
-    parts = require_codec(codec).all_parts(geometry, TOKEN_BLOCK, evicts=evicts).values()
-    block = sum(part.layout(TOKEN_BLOCK, 1, 1).chunk_bytes for part in parts)
-    return int((-(-lengths.astype(np.int64) // TOKEN_BLOCK)).sum()) * block
+def kv_bytes(lengths: NDArray[np.int32], geometry: KVGeometry, codec: str) -> int:
+    """The KV alone of samples of these lengths, in whole token blocks, with their queries if the geometry has any."""
+    parts = require_codec(codec).all_parts(geometry, TOKEN_BLOCK, evicts=False).values()
+    return _blocks(lengths) * sum(part.layout(TOKEN_BLOCK, 1, 1).chunk_bytes for part in parts)
+
+
+def _blocks(lengths: NDArray[np.int32]) -> int:
+    """Token blocks of samples of these lengths."""
+    return int((-(-lengths.astype(np.int64) // TOKEN_BLOCK)).sum())
 
 
 def _create_kv(group: zarr.Group, manifest: Manifest, table: SampleTable, geometry: KVGeometry, samples: int) -> None:

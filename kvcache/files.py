@@ -29,14 +29,14 @@ class PartialFile:
     def write_at(self, data: bytes | memoryview, offset: int) -> None:
         """Write all of `data`, one byte an item, at an offset."""
         view = memoryview(data)
-        with self._naming():
+        with naming(self._path):
             while len(view):
                 done = os.pwrite(self._file.fileno(), view, offset)
                 view, offset = view[done:], offset + done
 
     def commit(self) -> None:
         """Flush to the disk, then rename into place."""
-        with self._naming():
+        with naming(self._path):
             os.fsync(self._file.fileno())
             self._file.close()
             self._partial.replace(self._path)
@@ -48,13 +48,15 @@ class PartialFile:
         self._file.close()
         self._partial.unlink(missing_ok=True)
 
-    @contextmanager
-    def _naming(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            error.filename, error.filename2 = str(self._path), None
-            raise
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Make OSErrors name what was to be written, which a full disk does not say of itself, in place of a temporary."""
+    try:
+        yield
+    except OSError as error:
+        error.filename, error.filename2 = str(path), None
+        raise
 
 
 def partial_path(path: Path) -> Path:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from .codec import CODECS, require_codec
 from .errors import KVPipeError, StoreError
 from .evict import NONE, POLICIES
-from .files import flush
+from .files import flush, naming
 from .integrity import require_files, require_seal, seal
 from .layout import LOGICAL_DTYPES, KVGeometry
 from .ledger import Ledger
@@ -107,8 +107,9 @@ class KVStore:
             "device": device,
             "batch_size": batch_size,
         }
-        group.attrs[ATTRIBUTE] = seal({**group.attrs[ATTRIBUTE], "extraction": extraction})
-        flush(self.path / "zarr.json")
+        with naming(self.path):
+            group.attrs[ATTRIBUTE] = seal({**group.attrs[ATTRIBUTE], "extraction": extraction})
+            flush(self.path / "zarr.json")
         self.group = group
 
     @property

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -15,6 +14,7 @@ import numpy as np
 from ..kvcache.reader import KVReader
 from ..kvcache.store import KVStore
 from ..kvcache.writer import ShardWriter
+from .scratch import scratch_folder
 from .teacher_pass import Captured
 from .timing import Timed, in_turn
 
@@ -45,9 +45,9 @@ def bench_writing(store: KVStore, batch_size: int, done: Callable[[], None]) -> 
         return f"{3 * num_bytes / 1e6:,.0f} MB are not free at {beside}"
     contents, batches = [path.read_bytes() for path in files], list(_batches(store, shards, batch_size))
     try:
-        with tempfile.TemporaryDirectory(dir=beside, prefix=".kvpipe-bench-") as folder:
-            twin = _without_kv(store, Path(folder) / "bench.zarr")
-            works = (partial(write_plainly, contents, Path(folder)), partial(_write, twin, shards, batches))
+        with scratch_folder(beside) as folder:
+            twin = _without_kv(store, folder / "bench.zarr")
+            works = (partial(write_plainly, contents, folder), partial(_write, twin, shards, batches))
             return Writing(num_bytes, *in_turn(works, done))
     except OSError as error:
         return f"{error.strerror} at {beside}"

@@ -9,10 +9,9 @@ from pathlib import Path
 from rich.progress import Progress
 from transformers import PreTrainedModel
 
-from ..kvcache.create import SampleTable, create_store, stored_bytes
+from ..kvcache.create import SampleTable, create_store, kv_bytes
 from ..kvcache.errors import StoreError
 from ..kvcache.files import PARTIAL
-from ..kvcache.layout import KVGeometry
 from ..kvcache.lock import only_writer
 from ..kvcache.store import KVStore
 from .extract_config import ExtractConfig
@@ -34,7 +33,7 @@ def extract(config: ExtractConfig, progress: Progress | None = None) -> ExtractR
     The processes of one job (`torchrun`, `accelerate launch`) share the work, and end with the same store.
     Raises ConfigError, DataError, ModelError or StoreError for what the user can mend.
     """
-    require_folder(config.store)
+    require_place(config.store)
     with joined_ranks() as ranks, only_writer(config.store) if ranks.is_main else nullcontext():
         store, teacher = _store_and_teacher(config, ranks, progress)
         with progress or progress_bar(visible=ranks.is_main) as bar:
@@ -49,9 +48,10 @@ def _store_and_teacher(
     if not ranks.is_main:
         ranks.wait()
         _require_common(config.store)
-    elif not config.store.exists():
+    elif not _is_store(config.store):
         _create(config, prepared, progress)
-    store = _open(config, prepared)
+    store = KVStore.open(config.store)
+    prepared.manifest.require_same(store.manifest, str(config.store))
     if ranks.is_main:
         _sweep(config.store)
         ranks.wait()
@@ -62,7 +62,8 @@ def _create(config: ExtractConfig, prepared: Prepared, progress: Progress | None
     if config.reasoning == "teacher":
         prepared = with_own_reasoning(prepared, config, progress)
     table = sample_table(prepared)
-    require_space(config.store, table.stored_bytes(prepared.geometry, config.codec))
+    needed = table.stored_bytes(prepared.geometry, config.codec, samples_per_shard(config, prepared, table))
+    require_space(config.store, needed)
     store = new_store(config, prepared, table)
     if config.reasoning == "teacher":
         store.add_extraction(prepared.reasoning_seconds, 0, str(prepared.teacher.device), config.batch_size)
@@ -70,26 +71,13 @@ def _create(config: ExtractConfig, prepared: Prepared, progress: Progress | None
 
 def _require_common(store: Path) -> None:
     """Raise StoreError where the main process has written its store into a folder that this one does not see."""
-    if not store.exists():
+    if not _is_store(store):
         raise StoreError(
             f"{store} is not there for all processes of this job",
             expected="a folder that they share",
-            found=f"nothing at {store.absolute()}",
+            found=f"none at {store.absolute()}",
             remedy="Place it on a shared disk with --store",
         )
-
-
-def _open(config: ExtractConfig, prepared: Prepared) -> KVStore:
-    if config.store.exists() and not (config.store / "zarr.json").is_file():
-        raise StoreError(
-            f"{config.store} is taken",
-            expected="a free place, or a store to go on with",
-            found="a folder that is no store" if config.store.is_dir() else "a file",
-            remedy="Choose another --store",
-        )
-    store = KVStore.open(config.store)
-    prepared.manifest.require_same(store.manifest, str(config.store))
-    return store
 
 
 def _sweep(store: Path) -> None:
@@ -109,20 +97,29 @@ def new_store(config: ExtractConfig, prepared: Prepared, table: SampleTable) -> 
         prepared.geometry,
         tokenizer_files=tokenizer_files(prepared.tokenizer),
         truncated=prepared.truncated,
-        samples_per_shard=_samples_per_shard(table, prepared.every_layer, config.max_shard_bytes),
+        samples_per_shard=samples_per_shard(config, prepared, table),
         wrong_answers=prepared.wrong_answers,
     )
 
 
-def _samples_per_shard(table: SampleTable, every_layer: KVGeometry, max_shard_bytes: int) -> int:
-    """By raw KV of all layers: whatever is kept of them, batches come in the same order, and runs pair."""
-    num_bytes = stored_bytes(table.length, every_layer, "raw")
-    shard_bytes = min(max_shard_bytes, max(num_bytes // SHARDS_OF_SMALL_STORE, MIN_SHARD_BYTES))
+def samples_per_shard(config: ExtractConfig, prepared: Prepared, table: SampleTable) -> int:
+    """Of a store that is made of a table, by raw KV of all layers: whatever is kept of them, batches come in the same
+    order, and runs pair."""
+    num_bytes = kv_bytes(table.length, prepared.every_layer, "raw")
+    shard_bytes = min(config.max_shard_bytes, max(num_bytes // SHARDS_OF_SMALL_STORE, MIN_SHARD_BYTES))
     return int(max(shard_bytes // (num_bytes / len(table.length)), 1))
 
 
-def require_folder(path: Path) -> Path:
-    """The deepest folder on the way to a store that is there. Raises StoreError where a file is in the way."""
+def require_place(path: Path) -> Path:
+    """The deepest folder that is there on the way to a store. Raises StoreError where files are in the way, and where
+    something else is at its place."""
+    if path.exists() and not (_is_store(path) or _is_free_folder(path)):
+        raise StoreError(
+            f"{path} is taken",
+            expected="a free place, or a store to go on with",
+            found="a folder that is no store" if path.is_dir() else "a file",
+            remedy="Choose another --store",
+        )
     existing = next((parent for parent in path.absolute().parents if parent.exists()), path)
     if not existing.is_dir():
         raise StoreError(
@@ -134,9 +131,18 @@ def require_folder(path: Path) -> Path:
     return existing
 
 
+def _is_store(path: Path) -> bool:
+    return (path / "zarr.json").is_file()
+
+
+def _is_free_folder(path: Path) -> bool:
+    """An empty folder, which a store replaces; the one that this process stands in would be gone beneath it."""
+    return path.is_dir() and not any(path.iterdir()) and path.resolve() != Path.cwd()
+
+
 def require_space(path: Path, needed: int) -> None:
     """Raise StoreError where a store of so many bytes does not fit on the disk."""
-    free = shutil.disk_usage(require_folder(path)).free
+    free = shutil.disk_usage(require_place(path)).free
     if free < needed:
         raise StoreError(
             f"not enough space for {path}",

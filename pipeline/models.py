@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from ..kvcache.errors import ConfigError, ModelError
+from ..kvcache.files import naming
 from ..kvcache.layout import LOGICAL_DTYPES
 from .ranks import local_rank, world_size
 
@@ -159,6 +160,13 @@ def require_causal(model: PreTrainedModel, option: str) -> None:
 
 
 def _load(loader: Callable[..., Any], name: str, kind: str, option: str, **options: Any) -> Any:
+    if (revision := options.get("revision")) and Path(locate(name)).exists():
+        raise ModelError(
+            f"the {kind} {name!r} has no revisions",
+            expected="--revision beside a Hub id",
+            found=revision,
+            remedy="Leave it out: what is on this machine is taken as it is",
+        )
     try:
         return loader(locate(name), local_files_only=_is_offline(name), **options)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, StrictDataclassError) as error:
@@ -267,7 +275,7 @@ def starts_random(student: str, random_init: bool) -> bool:
 
 def tokenizer_files(tokenizer: PreTrainedTokenizerBase) -> dict[str, bytes]:
     """The files of a tokenizer, by name."""
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, naming(Path(folder)):
         tokenizer.save_pretrained(folder)
         return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir()) if path.is_file()}
 

@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import math
 import shutil
-import tempfile
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 from rich.progress import Progress
 
-from ..kvcache.create import SampleTable, stored_bytes
+from ..kvcache.create import SampleTable
 from ..kvcache.reader import KVReader
 from ..kvcache.store import KVStore
 from .bench import read_all
-from .extract import new_store, require_folder
+from .extract import new_store, require_place, samples_per_shard
 from .extract_config import ExtractConfig
 from .generation import chunks
 from .preparation import Prepared, prepare, sample_table
 from .progress import progress_bar
+from .scratch import scratch_folder
 from .teacher_pass import capture_samples, plan_batches, plan_windows, run_teacher
 from .timing import in_turn
 
@@ -47,8 +46,9 @@ class Rates:
 
 @dataclass(frozen=True)
 class Plan:
-    """Sizes in bytes, `query_bytes` a part of `store_bytes`; no rates where the few samples to measure them on do not
-    fit on the disk, or have no KV to keep."""
+    """Sizes in bytes: `store_bytes`, of which `query_bytes` are queries', and `raw_bytes` of a store of raw KV of all
+    layers and tokens. No rates where the few samples to measure them on do not fit on the disk, or have no KV to keep.
+    """
 
     samples: int
     tokens: int
@@ -66,24 +66,23 @@ class Plan:
 
 def make_plan(config: ExtractConfig, progress: Progress | None = None) -> Plan:
     """Count and measure. Nothing is left on the disk. Raises what `extract` raises."""
-    folder = require_folder(config.store)
+    folder = require_place(config.store)
     prepared = prepare(config)
     table, free_bytes = sample_table(prepared), shutil.disk_usage(folder).free
     sampled, rates = prepared.first(MEASURED_TOKENS), None
     part = sample_table(sampled)
-    if part.stored_bytes(prepared.geometry, config.codec) <= free_bytes:
-        scratch = tempfile.TemporaryDirectory(dir=folder, prefix=".kvpipe-plan-")
-        with progress or progress_bar() as bar, scratch as inside:
-            rates = _rates(replace(config, store=Path(inside) / "part.zarr"), sampled, part, bar)
-    without = replace(prepared.geometry, num_query_heads=0)
-    store_bytes = table.stored_bytes(prepared.geometry, config.codec)
+    if part.stored_bytes(prepared.geometry, config.codec, samples_per_shard(config, prepared, part)) <= free_bytes:
+        with progress or progress_bar() as bar, scratch_folder(folder) as scratch:
+            rates = _rates(replace(config, store=scratch / "part.zarr"), sampled, part, bar)
+    samples, without = samples_per_shard(config, prepared, table), replace(prepared.geometry, num_query_heads=0)
+    store_bytes = table.stored_bytes(prepared.geometry, config.codec, samples)
     return Plan(
         samples=len(table.length),
         tokens=int(table.length.sum()),
         truncated=prepared.truncated,
         store_bytes=store_bytes,
-        query_bytes=store_bytes - table.stored_bytes(without, config.codec),
-        raw_bytes=stored_bytes(table.length, prepared.every_layer, "raw"),
+        query_bytes=store_bytes - table.stored_bytes(without, config.codec, samples),
+        raw_bytes=replace(table, kv_length=None).stored_bytes(prepared.every_layer, "raw", samples),
         free_bytes=free_bytes,
         rates=rates,
     )

@@ -41,6 +41,8 @@ from .models import (
     resolve_device,
     resolve_dtype,
 )
+from .progress import progress_bar
+from .ranks import is_main_process
 from .teacher_pass import capture_kv, eligible_tokens, needs_queries
 
 DEFAULT_MAX_TOKENS = 1024
@@ -89,14 +91,20 @@ class Prepared:
 def prepare(config: ExtractConfig) -> Prepared:
     """Load the teacher and the samples. Raises ConfigError, DataError or ModelError for what the user can mend."""
     device, dtype = resolve_device(config.device), resolve_dtype(config.dtype)
-    corpus = load_corpus(config.dataset, config.samples, config.eval_samples, config.seed)
     source: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
-    tokenizer = load_tokenizer(config.model, **source)
-    teacher = load_teacher(config.model, dtype=dtype, device=device, **source)
-    max_tokens = _max_tokens(config.max_tokens, teacher)
-    tokens = PackedTokens.of(tokenize(corpus.samples(), tokenizer, max_tokens))
-    _require_vocabulary(teacher, tokens)
-    manifest = _manifest(config, teacher, tokenizer, corpus, max_tokens)
+    with progress_bar(visible=is_main_process(), transient=True) as bar:
+        task = bar.add_task("prepare", total=None, status="reading the data set")
+        corpus = load_corpus(config.dataset, config.samples, config.eval_samples, config.seed)
+        bar.update(task, status="loading the teacher")
+        tokenizer = load_tokenizer(config.model, **source)
+        teacher = load_teacher(config.model, dtype=dtype, device=device, **source)
+        max_tokens = _max_tokens(config.max_tokens, teacher)
+        bar.update(task, status="tokenizing")
+        samples = tokenize(corpus.samples(), tokenizer, max_tokens)
+        tokens = PackedTokens.of(bar.track(samples, corpus.num_samples, task_id=task))
+        _require_vocabulary(teacher, tokens)
+        bar.update(task, status="hashing data set and weights")
+        manifest = _manifest(config, teacher, tokenizer, corpus, max_tokens)
     if config.reasoning == "dataset":
         require_kept(tokens, manifest)
     # Weights and dtype are in the manifest as they came.

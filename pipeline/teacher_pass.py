@@ -11,6 +11,7 @@ from itertools import chain
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from rich.filesize import decimal
 from rich.progress import Progress
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -184,4 +185,4 @@ def run_teacher(
 
 def _status(writer: ShardWriter, tokens: float, seconds: float) -> str:
     rate, wait = tokens / seconds, writer.wait_seconds / seconds
-    return f"{rate:,.0f} tokens/s · {writer.bytes_written / 1e9:.2f} GB written · disk wait {wait:.0%}"
+    return f"{rate:,.0f} tokens/s · {decimal(writer.bytes_written)} written · disk wait {wait:.0%}"

@@ -127,10 +127,16 @@ EXTRACT_CASES = {
     "policy alone": _extract("--evict", "rkv", says=("expected both evict and budget", "no budget")),
     "budget alone": _extract("--budget", "0.5", says=("expected both evict and budget", "budget 0.5")),
     "budget of none": _extract("--evict", "rkv", "--budget", "0", says=("budget: expected a share", "found 0")),
+    "budget a share of more": _extract(
+        "--evict", "rkv", "--budget", "1.5", says=("budget: expected a share", "found 1.5")
+    ),
+    "budget no number": _extract("--evict", "rkv", "--budget", "nan", says=("budget: expected a share", "found nan")),
     "budget a word": _extract("--evict", "rkv", "--budget", "half", says=("no such budget", "found half")),
     "budget beyond": _extract("--evict", "rkv", "--budget", "9999", says=("larger than every sample", "found 9999")),
     "segment": _extract("--segments", "prompt,proof", says=("expected all, or some of prompt", "found 'prompt,proof'")),
     "no segment": _extract("--segments", "", says=("found ''", "--segments")),
+    "revision of what is here": _extract("--revision", "main", says=("'teacher' has no revisions", "found main")),
+    "where one stands": _extract("--store", ".", says=(". is taken: expected a free place",)),
     "other limit": _extract("--max-tokens", 64, place=STORED, says=("max_tokens differs", "expected 64, found 1024")),
 }
 DISTILL_CASES = {
@@ -202,7 +208,7 @@ def workplace(teacher: Path, other_teacher: Path, store: Path) -> Callable[[Path
         (folder / "teacher").symlink_to(teacher)
         (folder / "other").symlink_to(other_teacher)
         (folder / "stored.zarr").symlink_to(store)
-        (folder / "folder").mkdir()
+        (folder / "folder" / "of others").mkdir(parents=True)
         (folder / "file").write_text("not a folder")
         _break_teachers(folder, teacher, other_teacher)
         _break_stores(folder, store)

@@ -27,7 +27,7 @@ def test_what_is_written_are_the_very_shards_of_the_store(make_store: MakeStore,
     expected, written = [path.read_bytes() for path in paths], []
 
     def look() -> None:
-        (twin,) = store.path.parent.glob(".kvpipe-bench-*/bench.zarr")
+        (twin,) = store.path.parent.glob(".kvpipe-scratch-*/bench.zarr")
         found = [twin / path.relative_to(store.path) for path in paths]
         written.append([path.read_bytes() for path in found if path.exists()])
 

@@ -11,6 +11,7 @@ import pytest
 from kvpipe.data.corpus import Corpus
 from kvpipe.data.packed_tokens import PackedTokens
 from kvpipe.data.sample import Sample
+from kvpipe.kvcache.errors import StoreError
 from kvpipe.kvcache.store import KVStore
 from kvpipe.pipeline import extract as module
 from kvpipe.pipeline.extract import extract
@@ -39,6 +40,17 @@ def test_one_long_sample_does_not_make_the_others_long(tmp_path: Path) -> None:
     assert store.shape[4] > 10 * store.length.mean()
     assert vars(store).keys().isdisjoint({"input_ids", "segment_ids"}), "the padded ones"
     assert store.input_id_rows.items.nbytes == 4 * store.length.sum()
+
+
+def test_an_empty_folder_is_a_free_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But not the one that the process stands in: it would be gone beneath its shell."""
+    (tmp_path / "x.zarr").mkdir()
+    config = ExtractConfig("qwen", tmp_path / "x.zarr", samples=20, eval_samples=4)
+    with monkeypatch.context() as patch:
+        patch.chdir(tmp_path / "x.zarr")
+        with pytest.raises(StoreError, match="is taken"):
+            extract(config)
+    assert extract(config).store.complete
 
 
 def test_all_of_a_store_is_flushed_before_it_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

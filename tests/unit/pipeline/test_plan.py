@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from kvpipe.kvcache.errors import StoreError
 from kvpipe.pipeline.extract import extract
 from kvpipe.pipeline.extract_config import ExtractConfig
 from kvpipe.pipeline.plan import Plan, Rates, make_plan
@@ -26,20 +27,28 @@ RATES = Rates(forward=100.0, extract=50.0, read=1000.0)
 
 
 @pytest.mark.parametrize(
-    ("codec", "layers", "queries"), [("raw", "all", False), ("int4", "ratio:2", False), ("int4", "ratio:2", True)]
+    ("codec", "layers", "queries", "budget"),
+    [("raw", "all", False, None), ("int4", "ratio:2", False, None), ("int4", "ratio:2", True, 0.5)],
 )
-def test_the_plan_is_what_the_extraction_takes(tmp_path: Path, codec: str, layers: str, queries: bool) -> None:
-    kept = {"codec": codec, "layers": layers, "queries": queries}
-    config = ExtractConfig("qwen", tmp_path / "here" / "x.zarr", samples=60, eval_samples=8, max_tokens=60, **kept)
+def test_the_plan_is_what_the_extraction_takes(
+    tmp_path: Path, codec: str, layers: str, queries: bool, budget: float | None
+) -> None:
+    kept = {"codec": codec, "layers": layers, "queries": queries, "evict": "random" if budget else "none"}
+    config = ExtractConfig(
+        "qwen", tmp_path / "here" / "x.zarr", samples=60, eval_samples=8, max_tokens=60, budget=budget, **kept
+    )
     plan = make_plan(config)
     assert list(tmp_path.iterdir()) == []
     store = extract(config).store
     assert (plan.samples, plan.tokens, plan.truncated) == (76, store.length.sum(), store.truncated)
     files = [path for shard in range(store.num_shards) for path in store.shard_paths(shard)]
-    written = sum(path.stat().st_size for path in files)
-    assert plan.store_bytes <= written < 1.01 * plan.store_bytes
+    ledger = [store.ledger.path(shard) for shard in range(store.num_shards)]
+    # Beside them, before it is compressed: 13 bytes a token, 5 a sample (9 with eviction), and the text.
+    beside = 13 * plan.tokens + (9 if store.evicts else 5) * plan.samples + store.group["text"].nbytes
+    assert plan.store_bytes == sum(path.stat().st_size for path in [*files, *ledger]) + beside
     of_queries = sum(path.stat().st_size for path in files if "queries" in path.parts)
-    assert plan.query_bytes <= of_queries <= 1.01 * plan.query_bytes
+    in_ledger = 8 * store.group["queries"].shape[3] // 32 * store.num_shards * store.layout.samples if queries else 0
+    assert plan.query_bytes == of_queries + in_ledger
     assert (plan.query_bytes > 0) == queries
     assert plan.store_bytes < plan.raw_bytes if codec == "int4" else plan.store_bytes == plan.raw_bytes
     assert plan.rates is not None
@@ -55,6 +64,15 @@ def test_without_room_for_the_measurement_sizes_are_still_told(tmp_path: Path, m
     assert not plan.fits
     assert plan == replace(measured, free_bytes=1000, rates=None)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_no_plan_is_made_for_a_place_that_extract_refuses(tmp_path: Path) -> None:
+    (tmp_path / "notes.zarr").write_text("mine")
+    config = ExtractConfig("qwen", tmp_path / "notes.zarr", samples=60, eval_samples=8)
+    for refused in (make_plan, extract):
+        with pytest.raises(StoreError, match=r"notes\.zarr is taken: expected a free place.*found a file"):
+            refused(config)
+    assert (tmp_path / "notes.zarr").read_text() == "mine"
 
 
 @pytest.mark.parametrize("runs", range(1, 6))
