@@ -138,7 +138,7 @@ def write_store(shape: Shape, samples: list[Tensor], path: Path, samples_per_sha
         queries=False,
         key_position="none",
         rope={},
-        max_tokens=width,
+        max_tokens=shape.longest,
         seed=0,
     )
     per_shard = samples_per_shard or max(1, int(SHARD_BYTES / (g.bytes_per_token * table.length.mean())))

@@ -16,8 +16,8 @@ from .errors import StoreError
 from .shard import ShardLayout, read_index, require_checksums, sample_starts
 from .store import KVStore
 
-CACHED_BYTES = 2**22
-"""Of what is read at once: by the time it is checked and copied on, it has not left the processor's cache."""
+CACHED_BYTES = 2**20
+"""Of what is read at once, decoded: by the time it is checked and copied on, it has not left the processor's cache."""
 
 OPEN_FILES = 128
 """File handles kept: shards are visited a few at a time."""
@@ -43,13 +43,16 @@ class ChunkReader:
     StoreError naming the shard and the sample.
     """
 
-    def __init__(self, store: KVStore, names: Sequence[str]) -> None:
+    def __init__(self, store: KVStore, names: Sequence[str], decoded_bytes: int = 0) -> None:
+        """`decoded_bytes` are those of a token block, where it is decoded into more than is stored."""
         self._shards: OrderedDict[int, _OpenShard] = OrderedDict()
         self._store = store
         self._places = [list(store.parts).index(name) for name in names]
         self._layouts = [store.layouts[name] for name in names]
         self._shapes = [store.parts[name].content_shape for name in names]
         self._buffers = [np.empty(0, np.uint8) for _ in names]
+        block = max(decoded_bytes, sum(layout.record_bytes for layout in self._layouts))
+        self._most = CACHED_BYTES // block
         self._open_limit = max(1, OPEN_FILES // len(store.parts))
 
     def read(self, indices: Sequence[int], blocks: Sequence[int]) -> Iterator[tuple[range, list[Tensor]]]:
@@ -68,9 +71,9 @@ class ChunkReader:
 
     def _groups(self, blocks: Sequence[int]) -> Iterator[range]:
         """Rows whose token blocks are read and decoded together, few enough to be in the processor's cache between."""
-        most, first, total = CACHED_BYTES // sum(layout.record_bytes for layout in self._layouts), 0, 0
+        first, total = 0, 0
         for row, count in enumerate(blocks):
-            if total and total + count > most:
+            if total and total + count > self._most:
                 yield range(first, row)
                 first, total = row, 0
             total += count

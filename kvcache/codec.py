@@ -23,6 +23,9 @@ from .part import KV_POSITION, QUERIES, Part, positions_part, queries_part
 Chunks = Shaped[Tensor, "N L 2 H block D"]
 """Token blocks of any samples, one after the other."""
 
+WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""Integers of so many bytes."""
+
 HALF_ULP = 2.0**-11
 """Of float16, relative: what rounding to it changes at most."""
 
@@ -141,28 +144,27 @@ class Scaled(Codec):
     def _pack(self, codes: UInt8[Tensor, "... D"]) -> UInt8[Tensor, "... packed"]:
         """The first channel in the lowest bits of the first byte."""
         count, num_bytes = self._group
-        word = _shifted_sum(codes if num_bytes == 1 else codes.int(), count, self.bits)
-        return word if num_bytes == 1 else _cut(word, num_bytes, 8)
+        words, together = codes.view(WORDS[count]), 1
+        while together < count:
+            # Codes that are together move down to their neighbours, in the whole word at once.
+            words = (words >> together * (8 - self.bits)).bitwise_or_(words).bitwise_and_(self._mask(2 * together))
+            together *= 2
+        return words.view(torch.uint8).unflatten(-1, (-1, count))[..., :num_bytes].flatten(-2)
 
     def _unpack(self, packed: UInt8[Tensor, "... packed"]) -> UInt8[Tensor, "... D"]:
-        count, num_bytes = self._group
-        word = packed if num_bytes == 1 else _shifted_sum(packed.int(), num_bytes, 8)
-        return word if count == 1 else _cut(word, count, self.bits)
+        together, num_bytes = self._group
+        words, *others = packed.unflatten(-1, (-1, num_bytes)).to(WORDS[together]).unbind(-1)
+        for place, byte in enumerate(others, 1):
+            words = (byte << 8 * place).bitwise_or_(words)
+        while together > 1:
+            together //= 2
+            words = (words << together * (8 - self.bits)).bitwise_or_(words).bitwise_and_(self._mask(together))
+        return words.view(torch.uint8)
 
-
-def _shifted_sum(items: Shaped[Tensor, "... items"], count: int, bits: int) -> Shaped[Tensor, "... words"]:
-    """Every `count` items of so many bits as one number, the first in its lowest bits."""
-    grouped = items.unflatten(-1, (-1, count))
-    word = grouped[..., 0].clone()
-    for place in range(1, count):
-        word |= grouped[..., place] << (place * bits)
-    return word
-
-
-def _cut(words: Shaped[Tensor, "... words"], count: int, bits: int) -> UInt8[Tensor, "... items"]:
-    """The inverse."""
-    items = [(words >> (place * bits) & (2**bits - 1)).to(torch.uint8) for place in range(count)]
-    return torch.stack(items, dim=-1).flatten(-2)
+    def _mask(self, together: int) -> int:
+        """The bits of so many codes in as many bytes, in every such part of a word."""
+        count, _ = self._group
+        return sum((2 ** (together * self.bits) - 1) << 8 * first for first in range(0, count, together))
 
 
 class Integer(Scaled):
@@ -184,8 +186,11 @@ class Integer(Scaled):
         return codes.to(torch.uint8), [span, least]
 
     def _decode(self, codes: Tensor, scales: list[Tensor]) -> Float[Tensor, ...]:
-        span, least = scales
-        return torch.addcmul(least, codes.float(), span / self._levels)
+        step, least = scales[0] / self._levels, scales[1]
+        if least.shape[-1] == 1:
+            # Along the last axis torch broadcasts number by number.
+            step, least = (scale.expand(codes.shape).contiguous() for scale in (step, least))
+        return torch.addcmul(least, codes.float(), step)
 
     @property
     def _levels(self) -> int:
@@ -207,7 +212,10 @@ class Float8(Scaled):
         return codes.to(torch.float8_e4m3fn).view(torch.uint8), [scale]
 
     def _decode(self, codes: Tensor, scales: list[Tensor]) -> Float[Tensor, ...]:
-        return codes.contiguous().view(torch.float8_e4m3fn).float() * scales[0]
+        # Its bits are those of a float16 whose exponent lacks a bit and counts from 7, not 15. (torch's own conversion
+        # takes several times as long.)
+        halves = (codes.view(torch.int8).to(torch.int16) << 7).bitwise_and_(~0x4000).view(torch.float16)
+        return halves.float() * (scales[0] * 2**8)
 
 
 CODECS: dict[str, Codec] = {codec.name: codec for codec in (Raw(), Float8(), *map(Integer, (8, 4, 3, 2)))}

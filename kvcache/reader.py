@@ -28,7 +28,8 @@ class KVReader:
         store.require_complete()
         self.store = store
         self._memory = RecycledMemory()
-        self._kv = ChunkReader(store, [name for name in store.parts if name != QUERIES])
+        block = store.geometry.bytes_per_token * store.layout.block
+        self._kv = ChunkReader(store, [name for name in store.parts if name != QUERIES], block)
         self._queries = ChunkReader(store, [QUERIES]) if QUERIES in store.parts else None
         self._positions = ChunkReader(store, [KV_POSITION]) if store.evicts else None
 
