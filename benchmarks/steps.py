@@ -21,7 +21,7 @@ from shapes import QWEN_05B
 from side_by_side import HEADER, Ratio, alternate, of_values, quiet, ratio
 from transformers import Qwen2ForCausalLM
 
-SAMPLES, STEPS, RUNS = 600, 100, 3
+SAMPLES, STEPS, RUNS = 600, 100, 7
 LARGE_SAMPLES, LARGE_STEPS, LARGE_RUNS = 64, 8, 2
 MODES: tuple[DistillMode, ...] = ("none", "flat", "structured")
 CODECS = ("raw", "int8", "int4")

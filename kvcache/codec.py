@@ -176,14 +176,15 @@ class Integer(Scaled):
         self.name, self.bits = f"int{bits}", bits
 
     def _encode(self, numbers: Float[Tensor, ...], dim: int) -> tuple[Tensor, list[Tensor]]:
-        low, high = numbers.aminmax(dim=dim, keepdim=True)
+        # Faster apart than by `aminmax`, and by way of int16 than straight to uint8: torch has loops for vectors there.
+        low, high = numbers.amin(dim, keepdim=True), numbers.amax(dim, keepdim=True)
         # Rounded outwards, so that no number of the group lies beyond its codes.
         least = (low - low.abs() * HALF_ULP).half()
         span = ((high - least.float()) * (1 + HALF_ULP)).half()
         # A group whose numbers are all the same has no span.
         divisor = span.float().clamp_min(torch.finfo(torch.float32).tiny)
-        codes = ((numbers - least.float()) / divisor * self._levels).round_().clamp_(0, self._levels)
-        return codes.to(torch.uint8), [span, least]
+        codes = (numbers - least.float()).div_(divisor).mul_(self._levels).round_().clamp_(0, self._levels)
+        return codes.to(torch.int16).to(torch.uint8), [span, least]
 
     def _decode(self, codes: Tensor, scales: list[Tensor]) -> Float[Tensor, ...]:
         step, least = scales[0] / self._levels, scales[1]

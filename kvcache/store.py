@@ -18,12 +18,11 @@ from .errors import KVPipeError, StoreError
 from .evict import NONE, POLICIES
 from .files import flush, naming
 from .integrity import require_files, require_seal, seal
-from .layout import LOGICAL_DTYPES, KVGeometry
 from .ledger import Ledger
 from .manifest import Manifest, require_schema
 from .padded_rows import PaddedRows
-from .part import QUERIES, Part
-from .side_arrays import open_array, read_array, read_rows
+from .side_arrays import read_array, read_rows
+from .structure import StoreStructure
 
 ATTRIBUTE = "kvpipe"
 KV_LENGTH = "kv_length"
@@ -50,27 +49,10 @@ class KVStore:
         _require_known(path, "codec", self.manifest.codec, CODECS)
         _require_known(path, "eviction policy", self.manifest.eviction, (NONE, *POLICIES))
         self.codec = require_codec(self.manifest.codec)
-        kv = open_array(group, "kv")
-        self.dtype = LOGICAL_DTYPES[str(kv.attrs["logical_dtype"])]
-        num_layers, _, self.num_samples, num_kv_heads, max_length, packed = kv.shape
-        block, samples = kv.chunks[4], (kv.shards or kv.chunks)[2]
-        if min(block, samples, *kv.shape) < 1 or max_length % block:
-            raise ValueError(f"kv of {kv.shape} cannot be cut into {samples} samples of {block} tokens")
-        query_heads = open_array(group, QUERIES).shape[2] if self.manifest.queries else 0
-        self.geometry = KVGeometry(num_layers, num_kv_heads, self.codec.head_dim(packed), self.dtype, query_heads)
-        self.shape = (*kv.shape[:5], self.geometry.head_dim)
-        self.parts = self.codec.all_parts(self.geometry, block, evicts=self.evicts)
-        blocks = max_length // block
-        for name, part in self.parts.items():
-            _require_part(open_array(group, name), part, self.num_samples, samples, blocks)
-        ledger = open_array(group, "ledger")
-        grid = Ledger.array(self.num_samples, samples, blocks, len(self.parts))
-        if (ledger.shape, ledger.chunks, ledger.dtype) != grid:
-            raise ValueError(f"the ledger of {ledger.shape} {ledger.dtype} is not one of {samples} samples a shard")
-        self.layouts = {name: part.layout(block, samples, blocks) for name, part in self.parts.items()}
-        self.layout = self.layouts["kv"]
-        if len(self.manifest.layers) != num_layers:
-            raise ValueError(f"kv has {num_layers} layers, the manifest {len(self.manifest.layers)}")
+        structure = StoreStructure.of(group, self.manifest, evicts=self.evicts)
+        self.shape, self.geometry = structure.shape, structure.geometry
+        self.parts, self.layouts = structure.parts, structure.layouts
+        self.num_samples, self.dtype, self.layout = self.shape[2], self.geometry.dtype, self.layouts["kv"]
 
     # ------------------------------------------------------------------ opening
 
@@ -279,14 +261,6 @@ class KVStore:
                 found=finished,
                 remedy="Run the same `kvpipe extract` again: it goes on where it stopped",
             )
-
-
-def _require_part(array: zarr.Array[Any], part: Part, num_samples: int, samples: int, blocks: int) -> None:
-    """Raise ValueError for an array that is not cut as `create_store` cuts it."""
-    expected = (part.grid(num_samples, blocks), part.grid(samples, blocks), part.chunk, part.dtype)
-    found = (array.shape, array.shards, array.chunks, array.dtype)
-    if found != expected:
-        raise ValueError(f"{array.name} has shape, shards, chunks and dtype {found} instead of {expected}")
 
 
 def _is_record(record: Any) -> bool:
