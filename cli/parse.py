@@ -30,12 +30,17 @@ def batch_size_or_auto(text: str) -> int | None:
 
 def share_or_number(text: str | None) -> float | None:
     """`0.5` or `128` as the number that it is."""
-    try:
-        return None if text is None else float(text)
-    except ValueError as error:
+    if text is None:
+        return None
+    share = re.fullmatch(r"0*\.[0-9]+|[0-9](\.[0-9]+)?e-[0-9]+", text)
+    if not (share or re.fullmatch("[0-9]{1,18}", text)):
         raise ConfigError(
-            "no such budget", expected="a share below 1, or a number of tokens", found=text, remedy="Mend --budget"
-        ) from error
+            "no such budget",
+            expected="a share below 1, or a whole number of tokens",
+            found=text,
+            remedy="Mend --budget",
+        )
+    return float(text)
 
 
 def one_of(words: Any, word: str, option: str) -> Any:

@@ -144,7 +144,7 @@ class Scaled(Codec):
     def _pack(self, codes: UInt8[Tensor, "... D"]) -> UInt8[Tensor, "... packed"]:
         """The first channel in the lowest bits of the first byte."""
         count, num_bytes = self._group
-        words, together = codes.view(WORDS[count]), 1
+        words, together = codes.contiguous().view(WORDS[count]), 1
         while together < count:
             # Codes that are together move down to their neighbours, in the whole word at once.
             words = (words >> together * (8 - self.bits)).bitwise_or_(words).bitwise_and_(self._mask(2 * together))
@@ -213,8 +213,8 @@ class Float8(Scaled):
         return codes.to(torch.float8_e4m3fn).view(torch.uint8), [scale]
 
     def _decode(self, codes: Tensor, scales: list[Tensor]) -> Float[Tensor, ...]:
-        # Its bits are those of a float16 whose exponent lacks a bit and counts from 7, not 15. (torch's own conversion
-        # takes several times as long.)
+        # Its bits are those of a float16 whose exponent lacks a bit and counts from 7, not 15; but for NaN, which no
+        # sample has that is kept. (torch's own conversion takes several times as long.)
         halves = (codes.view(torch.int8).to(torch.int16) << 7).bitwise_and_(~0x4000).view(torch.float16)
         return halves.float() * (scales[0] * 2**8)
 

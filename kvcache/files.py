@@ -51,11 +51,13 @@ class PartialFile:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Make OSErrors name what was to be written, which a full disk does not say of itself, in place of a temporary."""
+    """Make the system's errors name what was to be written, where they name nothing, as of a full disk, or what is
+    there in the meantime."""
     try:
         yield
     except OSError as error:
-        error.filename, error.filename2 = str(path), None
+        if error.errno is not None and (error.filename is None or PARTIAL in str(error.filename)):
+            error.filename, error.filename2 = str(path), None
         raise
 
 

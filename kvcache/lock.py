@@ -48,9 +48,14 @@ def only_writer(path: Path) -> Iterator[None]:
 
 def is_held(path: Path) -> bool:
     """Whether some process writes at `path` now, as far as can be known: one of another host's is taken at its word."""
+    marker = lock_path(path)
     try:
-        pid, host = _signature(lock_path(path))
-    except (OSError, ValueError):
+        pid, host = _signature(marker)
+    except PermissionError:
+        return True
+    except ValueError:
+        return not _is_abandoned(marker)
+    except OSError:
         return False
     if host != socket.gethostname():
         return True

@@ -44,7 +44,7 @@ def _store_and_teacher(
     config: ExtractConfig, ranks: Ranks, progress: Progress | None
 ) -> tuple[KVStore, PreTrainedModel]:
     """A store with all that is not KV. The samples that it was made from are let go: the teacher reads the store's."""
-    prepared = prepare(config)
+    prepared = prepare(config, progress)
     if not ranks.is_main:
         ranks.wait()
         _require_common(config.store)
@@ -113,11 +113,11 @@ def samples_per_shard(config: ExtractConfig, prepared: Prepared, table: SampleTa
 def require_place(path: Path) -> Path:
     """The deepest folder that is there on the way to a store. Raises StoreError where files are in the way, and where
     something else is at its place."""
-    if path.exists() and not (_is_store(path) or _is_free_folder(path)):
+    if (path.exists() or path.is_symlink()) and not (_is_store(path) or _is_free_folder(path)):
         raise StoreError(
             f"{path} is taken",
             expected="a free place, or a store to go on with",
-            found="a folder that is no store" if path.is_dir() else "a file",
+            found=_what_is_at(path),
             remedy="Choose another --store",
         )
     existing = next((parent for parent in path.absolute().parents if parent.exists()), path)
@@ -136,8 +136,17 @@ def _is_store(path: Path) -> bool:
 
 
 def _is_free_folder(path: Path) -> bool:
-    """An empty folder, which a store replaces; the one that this process stands in would be gone beneath it."""
-    return path.is_dir() and not any(path.iterdir()) and path.resolve() != Path.cwd()
+    """An empty folder, which a store can take the place of: a link or a disk cannot be replaced, and the folder that
+    this process stands in would be gone beneath it."""
+    if not path.is_dir() or path.is_symlink() or path.is_mount() or path.resolve() == Path.cwd():
+        return False
+    return not any(path.iterdir())
+
+
+def _what_is_at(path: Path) -> str:
+    if path.is_symlink():
+        return f"a link to {path.readlink()}"
+    return "a folder that is no store" if path.is_dir() else "a file"
 
 
 def require_space(path: Path, needed: int) -> None:

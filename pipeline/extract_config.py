@@ -102,7 +102,11 @@ class ExtractConfig:
 
     def flags(self) -> list[str]:
         """The options of `kvpipe extract` that give this config; defaults are left out."""
-        return flags(self, max_shard_bytes=lambda size: ["--max-shard-size", f"{size}B"])
+        return flags(
+            self,
+            max_shard_bytes=lambda size: ["--max-shard-size", f"{size}B"],
+            budget=lambda budget: ["--budget", str(budget if budget < 1 else int(budget))],
+        )
 
     @property
     def reasoning_identity(self) -> str:

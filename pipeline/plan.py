@@ -67,7 +67,7 @@ class Plan:
 def make_plan(config: ExtractConfig, progress: Progress | None = None) -> Plan:
     """Count and measure. Nothing is left on the disk. Raises what `extract` raises."""
     folder = require_place(config.store)
-    prepared = prepare(config)
+    prepared = prepare(config, progress)
     table, free_bytes = sample_table(prepared), shutil.disk_usage(folder).free
     sampled, rates = prepared.first(MEASURED_TOKENS), None
     part = sample_table(sampled)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from rich.progress import Progress
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.corpus import Corpus, load_corpus
@@ -88,11 +89,11 @@ class Prepared:
         return int(self.tokens.truncated.sum())
 
 
-def prepare(config: ExtractConfig) -> Prepared:
+def prepare(config: ExtractConfig, progress: Progress | None = None) -> Prepared:
     """Load the teacher and the samples. Raises ConfigError, DataError or ModelError for what the user can mend."""
     device, dtype = resolve_device(config.device), resolve_dtype(config.dtype)
     source: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
-    with progress_bar(visible=is_main_process(), transient=True) as bar:
+    with progress or progress_bar(visible=is_main_process(), transient=True) as bar:
         task = bar.add_task("prepare", total=None, status="reading the data set")
         corpus = load_corpus(config.dataset, config.samples, config.eval_samples, config.seed)
         bar.update(task, status="loading the teacher")
@@ -101,7 +102,8 @@ def prepare(config: ExtractConfig) -> Prepared:
         max_tokens = _max_tokens(config.max_tokens, teacher)
         bar.update(task, status="tokenizing")
         samples = tokenize(corpus.samples(), tokenizer, max_tokens)
-        tokens = PackedTokens.of(bar.track(samples, corpus.num_samples, task_id=task))
+        # One more than there are: a task that is complete says what it took, and this one goes on.
+        tokens = PackedTokens.of(bar.track(samples, corpus.num_samples + 1, task_id=task))
         _require_vocabulary(teacher, tokens)
         bar.update(task, status="hashing data set and weights")
         manifest = _manifest(config, teacher, tokenizer, corpus, max_tokens)

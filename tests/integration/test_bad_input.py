@@ -127,10 +127,9 @@ EXTRACT_CASES = {
     "policy alone": _extract("--evict", "rkv", says=("expected both evict and budget", "no budget")),
     "budget alone": _extract("--budget", "0.5", says=("expected both evict and budget", "budget 0.5")),
     "budget of none": _extract("--evict", "rkv", "--budget", "0", says=("budget: expected a share", "found 0")),
-    "budget a share of more": _extract(
-        "--evict", "rkv", "--budget", "1.5", says=("budget: expected a share", "found 1.5")
-    ),
-    "budget no number": _extract("--evict", "rkv", "--budget", "nan", says=("budget: expected a share", "found nan")),
+    "budget of 1.5": _extract("--evict", "rkv", "--budget", "1.5", says=("no such budget", "found 1.5")),
+    "budget of all": _extract("--evict", "rkv", "--budget", "1.0", says=("expected a share below 1", "found 1.0")),
+    "budget of nothing": _extract("--evict", "rkv", "--budget", "nan", says=("no such budget", "found nan")),
     "budget a word": _extract("--evict", "rkv", "--budget", "half", says=("no such budget", "found half")),
     "budget beyond": _extract("--evict", "rkv", "--budget", "9999", says=("larger than every sample", "found 9999")),
     "segment": _extract("--segments", "prompt,proof", says=("expected all, or some of prompt", "found 'prompt,proof'")),

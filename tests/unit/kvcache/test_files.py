@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 import pytest
-from kvpipe.kvcache.files import PartialFile, write_atomic
+from kvpipe.kvcache.files import PartialFile, naming, write_atomic
 
 
 def names(folder: Path) -> list[str]:
@@ -74,3 +75,19 @@ def test_a_full_disk_names_the_file(tmp_path: Path) -> None:
         write_atomic(tmp_path / "file", b"abc")
     assert failure.value.filename == str(tmp_path / "file")
     assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("error", "named"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "x.zarr"),
+        (OSError(errno.EACCES, "Permission denied", ".x.zarr.partial/kv"), "x.zarr"),
+        (OSError(errno.ENOENT, "No such file", "/lib/libfoo.so"), "/lib/libfoo.so"),
+        (OSError("the tokenizer cannot be saved"), None),
+    ],
+)
+def test_errors_name_what_was_to_be_written_unless_they_know_better(error: OSError, named: str | None) -> None:
+    with pytest.raises(type(error)) as failure, naming(Path("x.zarr")):
+        raise error
+    assert failure.value is error
+    assert error.filename == named

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from kvpipe.kvcache.errors import StoreError
-from kvpipe.kvcache.lock import SECONDS_TO_SIGN, lock_path, only_writer
+from kvpipe.kvcache.lock import SECONDS_TO_SIGN, is_held, lock_path, only_writer
 
 HOLD = "import sys, time; from pathlib import Path; from kvpipe.kvcache.lock import only_writer\n"
 HOLD += "with only_writer(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
@@ -52,12 +52,16 @@ def test_a_marker_that_was_never_signed_is_taken_over_once_it_is_old(tmp_path: P
     """A process that was killed between creating and signing it."""
     path, marker = tmp_path / "x.zarr", lock_path(tmp_path / "x.zarr")
     marker.touch()
+    assert is_held(path)
     with pytest.raises(StoreError, match="only just begun"), only_writer(path):
         pytest.fail("two writers")
     old = marker.stat().st_mtime - SECONDS_TO_SIGN - 1
     os.utime(marker, (old, old))
+    assert not is_held(path)
     with only_writer(path):
         assert marker.stat().st_size > 0
+        assert is_held(path)
+    assert not is_held(path)
 
 
 def test_folders_made_for_the_marker_go_with_it_and_others_stay(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +44,17 @@ def test_one_long_sample_does_not_make_the_others_long(tmp_path: Path) -> None:
 
 
 def test_an_empty_folder_is_a_free_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """But not the one that the process stands in: it would be gone beneath its shell."""
+    """But neither the one that the process stands in, which would be gone beneath its shell, nor a link, or a disk."""
     (tmp_path / "x.zarr").mkdir()
     config = ExtractConfig("qwen", tmp_path / "x.zarr", samples=20, eval_samples=4)
+    for name, target in (("link", tmp_path / "x.zarr"), ("dangling", tmp_path / "nowhere")):
+        (tmp_path / name).symlink_to(target)
+        with pytest.raises(StoreError, match=f"{name} is taken: .* found a link to {target}"):
+            extract(replace(config, store=tmp_path / name))
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "is_mount", lambda path: path == config.store)
+        with pytest.raises(StoreError, match="is taken"):
+            extract(config)
     with monkeypatch.context() as patch:
         patch.chdir(tmp_path / "x.zarr")
         with pytest.raises(StoreError, match="is taken"):

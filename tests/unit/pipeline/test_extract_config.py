@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from kvpipe.cli.parse import share_or_number
 from kvpipe.kvcache.errors import ConfigError
 from kvpipe.pipeline.extract_config import ExtractConfig
 
@@ -32,3 +33,10 @@ from kvpipe.pipeline.extract_config import ExtractConfig
 def test_options_that_make_no_sense_are_refused(options: dict[str, Any], says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         ExtractConfig("qwen", Path("x.zarr"), **options)
+
+
+@pytest.mark.parametrize(("budget", "said"), [(0.25, "0.25"), (1e-9, "1e-09"), (1.0, "1"), (128.0, "128")])
+def test_a_budget_is_said_as_the_command_line_takes_it(budget: float, said: str) -> None:
+    config = ExtractConfig("qwen", Path("x.zarr"), evict="rkv", budget=budget)
+    assert config.flags()[-2:] == ["--budget", said]
+    assert share_or_number(said) == budget

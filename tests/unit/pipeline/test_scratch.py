@@ -9,7 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from kvpipe.pipeline.scratch import scratch_folder
+from kvpipe.kvcache.lock import lock_path
+from kvpipe.pipeline.scratch import PREFIX, scratch_folder
 
 HOLDER = """
 import sys
@@ -39,6 +40,9 @@ def test_what_a_killed_process_left_goes_with_the_next_one(tmp_path: Path) -> No
         assert [path.name for path in theirs.iterdir()] == ["shard"]
         os.kill(holder.pid, signal.SIGKILL)
     assert theirs.exists()
+    # Another, that was killed before it had made its folder.
+    orphan = lock_path(tmp_path / f"{PREFIX}0")
+    orphan.write_text(lock_path(theirs).read_text())
     with scratch_folder(tmp_path):
         assert not theirs.exists()
     assert list(tmp_path.iterdir()) == []
