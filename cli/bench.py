@@ -40,16 +40,16 @@ def _rows(found: Bench) -> dict[str, str]:
         "plain reading": _rate(found, found.plain),
         "shuffled epoch": f"{_rate(found, found.stream)}, {_share(found, found.stream)}",
         "random batches": f"{_rate(found, found.random)}, {_share(found, found.random)}",
-        **_writing_rows(found.writing),
+        **_writing_rows(found.writing, found.codec),
     }
 
 
-def _writing_rows(writing: Writing | str) -> dict[str, str]:
+def _writing_rows(writing: Writing | str, codec: str) -> dict[str, str]:
     if isinstance(writing, str):
         return {"writing": f"not measured: {writing}"}
     plain, shards = (f"{writing.num_bytes / taken.seconds / 1e9:.3g} GB/s" for taken in (writing.plain, writing.shards))
-    share = writing.plain.seconds / writing.shards.seconds
-    return {"plain writing": plain, "writing shards": f"{shards}, {share:.2f} of plain writing"}
+    share = f"{writing.plain.seconds / writing.shards.seconds:.2f} of plain writing{_included('encoding', codec)}"
+    return {"plain writing": plain, "writing shards": f"{shards}, {share}"}
 
 
 def _rate(found: Bench, taken: Timed) -> str:
@@ -59,5 +59,8 @@ def _rate(found: Bench, taken: Timed) -> str:
 
 
 def _share(found: Bench, taken: Timed) -> str:
-    decoded = "" if found.codec == "raw" else f", decoding {found.codec} included"
-    return f"{found.plain.seconds / taken.seconds:.2f} of plain reading{decoded}"
+    return f"{found.plain.seconds / taken.seconds:.2f} of plain reading{_included('decoding', found.codec)}"
+
+
+def _included(work: str, codec: str) -> str:
+    return "" if codec == "raw" else f", {work} {codec} included"

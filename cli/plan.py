@@ -67,7 +67,7 @@ def _speed_rows(rates: Rates | None, tokens: int) -> dict[str, str]:
         "teacher alone": _time(tokens, rates.forward),
         "extraction": _time(tokens, rates.extract),
         "reading it": _time(tokens, rates.read),
-        "pays off": f"from {rates.break_even} runs on, of one teacher pass each" if rates.break_even else never,
+        "pays off": f"from run {rates.break_even} on, where each is one teacher pass" if rates.break_even else never,
     }
 
 
