@@ -293,7 +293,6 @@ PARTS: dict[str, tuple[Callable[[Path], None], set[str]]] = {
     "a token": (add_a_token, {"tokenizer_hash"}),
 }
 OPTIONS: dict[str, tuple[dict[str, Any], set[str]]] = {
-    "revision": ({"revision": "v2"}, {"teacher.revision"}),
     "seed": ({"seed": 1}, {"seed"}),
     "max_tokens": ({"max_tokens": 100}, {"max_tokens"}),
     "dtype": ({"dtype": "float16"}, {"dtype", "teacher.weights_hash"}),
