@@ -117,7 +117,7 @@ class Interrupted(Progress):
 
     def update(self, *arguments: Any, **options: Any) -> None:
         super().update(*arguments, **options)
-        self.left -= 1
+        self.left -= "advance" in options
         if not self.left:
             raise KeyboardInterrupt
 

@@ -251,9 +251,12 @@ def test_an_extractions_flags_give_it_back() -> None:
     from kvpipe.cli.extract_options import extract_config
     from kvpipe.pipeline.extract_config import ExtractConfig
 
-    config = ExtractConfig("qwen", Path("x.zarr"), samples=40, layers="ratio:2", codec="int4", evict="rkv", budget=0.5)
+    kept = {"layers": "ratio:2", "codec": "int4", "evict": "rkv", "budget": 0.5}
+    config = ExtractConfig("qwen", Path("x.zarr"), samples=40, max_shard_bytes=10**6, **kept)
     flags = config.flags()
-    options = {name.removeprefix("--"): value for name, value in zip(flags[::2], flags[1::2], strict=True)}
+    options = {
+        name.removeprefix("--").replace("-", "_"): value for name, value in zip(flags[::2], flags[1::2], strict=True)
+    }
     assert options.pop("store") == "x.zarr"
     assert options.pop("samples") == "40"
     found = extract_config(store=Path("x.zarr"), batch_size="auto", samples=40, **options)
