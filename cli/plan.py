@@ -50,11 +50,12 @@ def _rows(plan: Plan, place: Path) -> dict[str, str]:
     cut = f", {plan.truncated:,} cut (--max-tokens)" if plan.truncated else ""
     share = plan.store_bytes / plan.raw_bytes
     queries = f" ({plan.query_bytes / plan.tokens:,.0f} of them queries)" if plan.query_bytes else ""
+    left = f", {_bytes(plan.missing_bytes)} still to be written" if plan.missing_bytes < plan.store_bytes else ""
     free = f"{_bytes(plan.free_bytes)} free: {'it fits' if plan.fits else 'it does not fit'}"
     return {
         "samples": f"{plan.samples:,}, {plan.tokens:,} tokens{cut}",
         "bytes a token": f"{plan.store_bytes / plan.tokens:,.0f}{queries}, {share:.2f} of a raw store of all layers",
-        "store": f"{_bytes(plan.store_bytes)} at {place}, {free}",
+        "store": f"{_bytes(plan.store_bytes)} at {place}{left}, {free}",
         **_speed_rows(plan.rates, plan.tokens),
     }
 

@@ -41,6 +41,11 @@ class Ledger:
         """The file of a shard's entry."""
         return self._folder / "c" / str(shard) / "0"
 
+    @property
+    def entry_bytes(self) -> int:
+        """Size of a shard's file."""
+        return math.prod(self._shape) * 8 + CRC_BYTES
+
     def record(self, shard: int, checksums: NDArray[np.int64]) -> None:
         """Enter a finished shard: only now does it count. `checksums` are `[samples, parts, blocks]`."""
         entry = np.zeros(self._shape, "<i8")
@@ -74,14 +79,15 @@ class Ledger:
 
     def _entry(self, shard: int) -> NDArray[np.int64] | None:
         """What is recorded of a shard; None where nothing is, or what belongs to another shard."""
-        path, size = self.path(shard), math.prod(self._shape) * 8
+        path = self.path(shard)
         # Looked at before it is read: the file may be anything.
-        if not path.is_file() or path.stat().st_size != size + CRC_BYTES:
+        if not path.is_file() or path.stat().st_size != self.entry_bytes:
             return None
         data = np.fromfile(path, np.uint8)
-        if crc32c(data[:size]).to_bytes(CRC_BYTES, "little") != data[size:].tobytes():
+        content, checksum = data[:-CRC_BYTES], data[-CRC_BYTES:]
+        if crc32c(content).to_bytes(CRC_BYTES, "little") != checksum.tobytes():
             return None
-        entry = data[:size].view("<i8").reshape(self._shape)
+        entry = content.view("<i8").reshape(self._shape)
         return entry if self._belongs_to(entry, shard) else None
 
     def _belongs_to(self, entry: NDArray[np.int64], shard: int) -> bool:

@@ -244,6 +244,16 @@ class KVStore:
         shards = range(self.num_shards)
         return {shard for shard in shards if self._is_there(shard) and self.ledger.holds(shard)}
 
+    @property
+    def missing_bytes(self) -> int:
+        """What the shards take on disk that are still to be written."""
+        missing = set(range(self.num_shards)) - self.finished_shards()
+        return sum(self._shard_bytes(self.shard_samples(shard)) for shard in missing)
+
+    def _shard_bytes(self, samples: range) -> int:
+        lengths = self.kv_length[samples.start : samples.stop].tolist()
+        return self.ledger.entry_bytes + sum(layout.shard_bytes(lengths) for layout in self.layouts.values())
+
     def _is_there(self, shard: int) -> bool:
         return all(path.is_file() for path in self.shard_paths(shard))
 

@@ -48,10 +48,11 @@ def _store_and_teacher(
     if not ranks.is_main:
         ranks.wait()
         _require_common(config.store)
-    elif not _is_store(config.store):
+    elif is_store(config.store):
+        require_space(config.store, open_store(config, prepared).missing_bytes)
+    else:
         _create(config, prepared, progress)
-    store = KVStore.open(config.store)
-    prepared.manifest.require_same(store.manifest, str(config.store))
+    store = open_store(config, prepared)
     if ranks.is_main:
         _sweep(config.store)
         ranks.wait()
@@ -71,13 +72,20 @@ def _create(config: ExtractConfig, prepared: Prepared, progress: Progress | None
 
 def _require_common(store: Path) -> None:
     """Raise StoreError where the main process has written its store into a folder that this one does not see."""
-    if not _is_store(store):
+    if not is_store(store):
         raise StoreError(
             f"{store} is not there for all processes of this job",
             expected="a folder that they share",
             found=f"none at {store.absolute()}",
             remedy="Place it on a shared disk with --store",
         )
+
+
+def open_store(config: ExtractConfig, prepared: Prepared) -> KVStore:
+    """The store that is there. Raises StoreError for one of another extraction."""
+    store = KVStore.open(config.store)
+    prepared.manifest.require_same(store.manifest, str(config.store))
+    return store
 
 
 def _sweep(store: Path) -> None:
@@ -113,14 +121,14 @@ def samples_per_shard(config: ExtractConfig, prepared: Prepared, table: SampleTa
 def require_place(path: Path) -> Path:
     """The deepest folder that is there on the way to a store. Raises StoreError where files are in the way, and where
     something else is at its place."""
-    if (path.exists() or path.is_symlink()) and not (_is_store(path) or _is_free_folder(path)):
+    if (path.exists() or path.is_symlink()) and not (is_store(path) or _is_free_folder(path)):
         raise StoreError(
             f"{path} is taken",
             expected="a free place, or a store to go on with",
             found=_what_is_at(path),
             remedy="Choose another --store",
         )
-    existing = next((parent for parent in path.absolute().parents if parent.exists()), path)
+    existing = next((parent for parent in path.resolve().parents if parent.exists()), path)
     if not existing.is_dir():
         raise StoreError(
             f"{path} cannot be a store",
@@ -131,7 +139,8 @@ def require_place(path: Path) -> Path:
     return existing
 
 
-def _is_store(path: Path) -> bool:
+def is_store(path: Path) -> bool:
+    """Whether there is a store, sound or not."""
     return (path / "zarr.json").is_file()
 
 
@@ -150,7 +159,7 @@ def _what_is_at(path: Path) -> str:
 
 
 def require_space(path: Path, needed: int) -> None:
-    """Raise StoreError where a store of so many bytes does not fit on the disk."""
+    """Raise StoreError where so many bytes of a store do not fit on the disk."""
     free = shutil.disk_usage(require_place(path)).free
     if free < needed:
         raise StoreError(

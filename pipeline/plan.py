@@ -13,7 +13,7 @@ from ..kvcache.create import SampleTable
 from ..kvcache.reader import KVReader
 from ..kvcache.store import KVStore
 from .bench import read_all
-from .extract import new_store, require_place, samples_per_shard
+from .extract import is_store, new_store, open_store, require_place, samples_per_shard
 from .extract_config import ExtractConfig
 from .generation import chunks
 from .preparation import Prepared, prepare, sample_table
@@ -46,28 +46,30 @@ class Rates:
 
 @dataclass(frozen=True)
 class Plan:
-    """Sizes in bytes: `store_bytes`, of which `query_bytes` are queries', and `raw_bytes` of a store of raw KV of all
-    layers and tokens. No rates where the few samples to measure them on do not fit on the disk, or have no KV to keep.
-    """
+    """Sizes in bytes: `store_bytes`, of which `query_bytes` are queries' and `missing_bytes` still to be written, and
+    `raw_bytes` of a store of raw KV of all layers and tokens. No rates where the few samples to measure them on do not
+    fit on the disk, or have no KV to keep."""
 
     samples: int
     tokens: int
     truncated: int
     store_bytes: int
     query_bytes: int
+    missing_bytes: int
     raw_bytes: int
     free_bytes: int
     rates: Rates | None
 
     @property
     def fits(self) -> bool:
-        return self.store_bytes <= self.free_bytes
+        return self.missing_bytes <= self.free_bytes
 
 
 def make_plan(config: ExtractConfig, progress: Progress | None = None) -> Plan:
     """Count and measure. Nothing is left on the disk. Raises what `extract` raises."""
     folder = require_place(config.store)
     prepared = prepare(config, progress)
+    there = open_store(config, prepared) if is_store(config.store) else None
     table, free_bytes = sample_table(prepared), shutil.disk_usage(folder).free
     sampled, rates = prepared.first(MEASURED_TOKENS), None
     part = sample_table(sampled)
@@ -82,6 +84,7 @@ def make_plan(config: ExtractConfig, progress: Progress | None = None) -> Plan:
         truncated=prepared.truncated,
         store_bytes=store_bytes,
         query_bytes=store_bytes - table.stored_bytes(without, config.codec, samples),
+        missing_bytes=there.missing_bytes if there else store_bytes,
         raw_bytes=replace(table, kv_length=None).stored_bytes(prepared.every_layer, "raw", samples),
         free_bytes=free_bytes,
         rates=rates,

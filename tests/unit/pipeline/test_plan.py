@@ -19,6 +19,7 @@ PLAN = Plan(
     truncated=0,
     store_bytes=10,
     query_bytes=0,
+    missing_bytes=10,
     raw_bytes=20,
     free_bytes=10,
     rates=None,
@@ -66,6 +67,28 @@ def test_without_room_for_the_measurement_sizes_are_still_told(tmp_path: Path, m
     assert list(tmp_path.iterdir()) == []
 
 
+def test_of_a_store_that_is_there_only_the_rest_has_to_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = ExtractConfig("qwen", tmp_path / "x.zarr", samples=60, eval_samples=8, max_shard_bytes=2_000_000)
+    before = make_plan(config)
+    assert before.missing_bytes == before.store_bytes
+    store = extract(config).store
+    assert (store.num_shards > 2, store.missing_bytes) == (True, 0)
+    assert make_plan(config).missing_bytes == 0
+    rest = [store.ledger.path(1), *store.shard_paths(1)]
+    size = sum(path.stat().st_size for path in rest)
+    store.ledger.path(1).unlink()
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=size - 1))
+    plan = make_plan(config)
+    assert (plan.missing_bytes, plan.fits) == (size, False)
+    with pytest.raises(StoreError, match=r"not enough space for .*x\.zarr"):
+        extract(config)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=size))
+    assert extract(config).store.complete
+    for refused in (make_plan, extract):
+        with pytest.raises(StoreError, match=r"holds another extraction \(codec differs\)"):
+            refused(replace(config, codec="int8"))
+
+
 def test_no_plan_is_made_for_a_place_that_extract_refuses(tmp_path: Path) -> None:
     (tmp_path / "notes.zarr").write_text("mine")
     config = ExtractConfig("qwen", tmp_path / "notes.zarr", samples=60, eval_samples=8)
@@ -88,4 +111,4 @@ def test_a_teacher_as_fast_as_the_disk_needs_no_store() -> None:
 
 def test_what_does_not_fit_is_said() -> None:
     assert PLAN.fits
-    assert not replace(PLAN, store_bytes=11).fits
+    assert not replace(PLAN, missing_bytes=11).fits
