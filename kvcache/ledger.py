@@ -55,9 +55,11 @@ class Ledger:
         data = entry.reshape(-1).view(np.uint8)
         write_atomic(self.path(shard), data.tobytes() + crc32c(data).to_bytes(CRC_BYTES, "little"))
 
-    def holds(self, shard: int) -> bool:
-        """Whether a shard has a valid entry."""
-        return self._entry(shard) is not None
+    def numbers(self, shard: int) -> NDArray[np.int64] | None:
+        """The numbers of a shard's samples, negative for those that were left out; None where it has no valid entry."""
+        entry = self._entry(shard)
+        # A copy: of the rest, which is far larger, nothing is kept.
+        return None if entry is None else entry[: len(self._numbers(shard)), 0].copy()
 
     def checksums(self, shard: int) -> NDArray[np.int64]:
         """Checksums `[samples, parts, blocks]` of a shard's chunks. Raises StoreError for an unfinished shard."""
@@ -70,12 +72,6 @@ class Ledger:
                 remedy="Run the same `kvpipe extract` again: it writes the missing shards",
             )
         return self._checksums(entry)
-
-    def excluded(self, shard: int) -> NDArray[np.int64]:
-        """Positions of a shard's samples that have no KV; none are known of an unfinished shard."""
-        entry = self._entry(shard)
-        numbers = entry[:, 0] if entry is not None else np.empty(0, np.int64)
-        return -numbers[numbers < 0] - 1
 
     def _entry(self, shard: int) -> NDArray[np.int64] | None:
         """What is recorded of a shard; None where nothing is, or what belongs to another shard."""

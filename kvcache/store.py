@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -196,8 +196,11 @@ class KVStore:
     def excluded(self) -> NDArray[np.int64]:
         """Positions of samples that have no KV: the teacher's was not finite, or all tokens were evicted. Of finished
         shards."""
-        found = [self.ledger.excluded(shard) for shard in range(self.num_shards) if self._is_there(shard)]
-        return np.concatenate([np.empty(0, np.int64), *found])
+        return self._excluded(self._entries())
+
+    def _excluded(self, entries: Mapping[int, NDArray[np.int64]]) -> NDArray[np.int64]:
+        numbers = np.concatenate([np.empty(0, np.int64), *(entries[shard] for shard in sorted(entries))])
+        return -numbers[numbers < 0] - 1
 
     def indices(self, split: str) -> NDArray[np.int64]:
         """Positions of a split's samples, without the excluded ones. Raises StoreError for an unknown split."""
@@ -241,8 +244,12 @@ class KVStore:
 
     def finished_shards(self) -> set[int]:
         """Shards that are whole, by the ledger."""
-        shards = range(self.num_shards)
-        return {shard for shard in shards if self._is_there(shard) and self.ledger.holds(shard)}
+        return set(self._entries())
+
+    def _entries(self) -> dict[int, NDArray[np.int64]]:
+        """The numbers that the ledger has of the samples of every shard that is whole."""
+        found = {shard: self.ledger.numbers(shard) for shard in range(self.num_shards) if self._is_there(shard)}
+        return {shard: numbers for shard, numbers in found.items() if numbers is not None}
 
     @property
     def missing_bytes(self) -> int:
@@ -263,14 +270,16 @@ class KVStore:
 
     def require_complete(self) -> None:
         """Raise StoreError unless every shard is in the ledger."""
-        finished = len(self.finished_shards())
-        if finished != self.num_shards:
+        entries = self._entries()
+        if len(entries) != self.num_shards:
             raise StoreError(
                 f"{self.path} is incomplete",
                 expected=f"{self.num_shards} shards",
-                found=finished,
+                found=len(entries),
                 remedy="Run the same `kvpipe extract` again: it goes on where it stopped",
             )
+        # Known with it: there may be thousands of entries, and nobody adds any now.
+        self.excluded = self._excluded(entries)
 
 
 def _is_record(record: Any) -> bool:
