@@ -26,7 +26,7 @@ class Ratio:
         """A Markdown table row."""
         met = "yes" if self.median <= self.aim else "no"
         spread = f"{self.low:.3f}-{self.high:.3f}"
-        return f"| {self.name} | **{self.median:.3f}** | {spread} | {self.runs} | <= {self.aim:g} | {met} |"
+        return f"| {self.name} | **{self.median:.3f}** | {spread} | {self.runs} | <= {self.aim:.3g} | {met} |"
 
 
 HEADER = "| claim | median | range | runs | aim | met |\n|---|---|---|---|---|---|"
