@@ -48,12 +48,11 @@ def _store_and_teacher(
     if not ranks.is_main:
         ranks.wait()
         _require_common(config.store)
-    elif is_store(config.store):
-        require_space(config.store, open_store(config, prepared).missing_bytes)
-    else:
+    elif not is_store(config.store):
         _create(config, prepared, progress)
     store = open_store(config, prepared)
     if ranks.is_main:
+        require_space(config.store, store.missing_bytes)
         _sweep(config.store)
         ranks.wait()
     return store, prepared.teacher
